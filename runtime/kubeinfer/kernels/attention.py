@@ -1,0 +1,177 @@
+"""Paged attention over a blocked KV cache: prefill, chunked prefill and decode rows in one call.
+
+Shapes used throughout: ``T`` tokens of the step, ``Hq`` query heads, ``Hk`` KV heads (``Hq % Hk == 0``), ``D`` head
+size, ``B`` sequences. ``kv_cache`` is ``[2, num_blocks, Hk, block_size, D]`` (index 0 keys, 1 values), already
+holding the keys and values of this step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWorkspace:
+    """Scratch memory of the split decode kernel, allocated once and shared by all layers.
+
+    Attributes:
+        partial: fp32 ``[rows, D]``, one normalised partial output a sequence, head and split.
+        lse: fp32 ``[rows]``, log2 of each split's softmax denominator.
+    """
+
+    partial: Tensor
+    lse: Tensor
+
+
+def decode_workspace(
+    max_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | str
+) -> DecodeWorkspace | None:
+    """Scratch memory for up to ``max_seqs`` decode rows; ``None`` where the device's kernel needs none."""
+    if torch.device(device).type != "cuda":
+        return None
+    from kubeinfer.kernels.triton_attention import workspace_rows
+
+    rows = workspace_rows(max_seqs, num_heads, num_kv_heads)
+    return DecodeWorkspace(
+        partial=torch.empty(rows, head_dim, dtype=torch.float32, device=device),
+        lse=torch.empty(rows, dtype=torch.float32, device=device),
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    max_seq_len: int,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    num_decodes: int | None = None,
+    workspace: DecodeWorkspace | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """Causal attention of every query token over its sequence's cached keys and values.
+
+    Args:
+        q: ``[T, Hq, D]`` fp16, bf16 or fp32; the last dimension contiguous, rows may be strided.
+        kv_cache: ``[2, num_blocks, Hk, block_size, D]`` in ``q``'s dtype or float8_e4m3fn.
+        query_start: int32 ``[B + 1]``; the queries of sequence ``i`` are ``query_start[i]:query_start[i + 1]``.
+        seq_lens: int32 ``[B]``, context after this step, new tokens included. Rows of 0 give zeros.
+        block_table: int32 ``[B, max_blocks]``.
+        out: ``[T, Hq, D]``, written.
+        scale: factor on the logits, usually ``D ** -0.5``.
+        max_query_len: longest query of the batch (host integer).
+        max_seq_len: longest context of the batch (host integer); an upper bound is fine.
+        sliding_window: ``W > 0``: a query at position ``p`` sees keys ``p - W + 1 .. p``. 0: all.
+        soft_cap: ``c > 0``: logits become ``c * tanh(logits / c)``.
+        num_decodes: the first so many sequences have one query token; ``None``: all if ``max_query_len == 1``,
+            else none (which is right for any batch, only slower).
+        workspace: from `decode_workspace`; allocated at each call when missing.
+        k_scale, v_scale: what stored float8 keys and values are multiplied by.
+
+    Returns:
+        ``out``.
+    """
+    if q.is_cuda:
+        from kubeinfer.kernels.triton_attention import paged_attention_triton
+
+        if num_decodes is None:
+            num_decodes = seq_lens.shape[0] if max_query_len == 1 else 0
+        return paged_attention_triton(
+            q, kv_cache, query_start, seq_lens, block_table, out, scale, max_query_len, max_seq_len,
+            sliding_window, soft_cap, num_decodes, workspace, k_scale, v_scale,
+        )  # fmt: skip
+    return paged_attention_reference(
+        q, kv_cache, query_start, seq_lens, block_table, out, scale=scale, sliding_window=sliding_window,
+        soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+
+
+def paged_attention_reference(
+    q: Tensor,
+    kv_cache: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """`paged_attention` in torch, sequence by sequence."""
+    starts = query_start.tolist()
+    for i, seq_len in enumerate(seq_lens.tolist()):
+        begin, end = starts[i], starts[i + 1]
+        if end <= begin:
+            continue
+        if seq_len <= 0:
+            out[begin:end].zero_()
+            continue
+        out[begin:end] = _attend(
+            q[begin:end],
+            _gather(kv_cache[0], block_table[i], seq_len, q.dtype, k_scale),
+            _gather(kv_cache[1], block_table[i], seq_len, q.dtype, v_scale),
+            scale,
+            sliding_window,
+            soft_cap,
+        )
+    return out
+
+
+def _gather(cache: Tensor, blocks: Tensor, seq_len: int, dtype: torch.dtype, factor: float) -> Tensor:
+    """One sequence's keys or values, ``[Hk, seq_len, D]``."""
+    block_size, head_dim = cache.shape[2], cache.shape[3]
+    ids = blocks[: -(-seq_len // block_size)].long()
+    if cache.dtype == torch.float8_e4m3fn:  # torch indexes no float8 on every device
+        pages = (cache.view(torch.uint8)[ids].view(cache.dtype).float() * factor).to(dtype)
+    else:
+        pages = cache[ids]
+    return pages.transpose(0, 1).reshape(cache.shape[1], -1, head_dim)[:, :seq_len]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, soft_cap: float) -> Tensor:
+    """``q [n, Hq, D]`` are the last ``n`` positions of ``k, v [Hk, m, D]``; returns ``[n, Hq, D]``."""
+    n, m = q.shape[0], k.shape[1]
+    mask: Tensor | None = None
+    if n > 1 or (0 < window < m):
+        # Keys that no query sees are dropped first: a window bounds the work whatever the context.
+        first = max(0, m - n - window + 1) if window > 0 else 0
+        k, v = k[:, first:], v[:, first:]
+        query_pos = torch.arange(m - n, m, device=q.device)[:, None]
+        key_pos = torch.arange(first, m, device=q.device)[None, :]
+        mask = key_pos <= query_pos
+        if window > 0:
+            mask &= key_pos > query_pos - window
+    heads = q.transpose(0, 1)
+    if soft_cap > 0:
+        group = q.shape[1] // k.shape[0]
+        logits = heads.float() @ k.float().repeat_interleave(group, 0).transpose(1, 2) * scale
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf"))
+        result = torch.softmax(logits, -1) @ v.float().repeat_interleave(group, 0)
+        return result.to(q.dtype).transpose(0, 1)
+    causal = mask is not None and n == m and window <= 0
+    result = F.scaled_dot_product_attention(
+        heads[None],
+        k[None],
+        v[None],
+        attn_mask=None if causal else mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[0],
+    )
+    return result[0].transpose(0, 1)

@@ -1,0 +1,198 @@
+"""The step's model inputs, built on the device from tables that live there.
+
+Tables, one row a running request: ``last_tokens`` int64 ``[rows]`` (the last sampled token), ``block_tables`` int32
+``[rows, max_blocks]``, ``computed`` int32 ``[rows]`` (tokens whose keys and values are in the cache).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Buffers with stable addresses, as a CUDA graph needs; a step fills the first rows.
+
+    Attributes:
+        input_ids: int64 ``[max_tokens]``.
+        positions: int64 ``[max_tokens]``.
+        slot_mapping: int32 ``[max_tokens]``; -1 where nothing is to be written.
+        seq_lens: int32 ``[max_seqs]``.
+        block_table: int32 ``[max_seqs, max_blocks]``.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+
+
+def step_inputs(max_tokens: int, max_seqs: int, max_blocks: int, device: torch.device | str) -> StepInputs:
+    """Allocate `StepInputs`."""
+    return StepInputs(
+        input_ids=torch.zeros(max_tokens, dtype=torch.int64, device=device),
+        positions=torch.zeros(max_tokens, dtype=torch.int64, device=device),
+        slot_mapping=torch.full((max_tokens,), -1, dtype=torch.int32, device=device),
+        seq_lens=torch.zeros(max_seqs, dtype=torch.int32, device=device),
+        block_table=torch.zeros(max_seqs, max_blocks, dtype=torch.int32, device=device),
+    )
+
+
+def prepare_decode(
+    row_index: Tensor,
+    last_tokens: Tensor,
+    block_tables: Tensor,
+    computed: Tensor,
+    block_size: int,
+    out: StepInputs,
+) -> None:
+    """Inputs of a decode step: row ``i`` of the batch feeds the last token of request row ``row_index[i]``.
+
+    Negative rows are padding: token 0, position 0, slot -1, context 0, block 0.
+
+    Args:
+        row_index: int32 ``[B]``.
+        block_tables: int32 ``[rows, max_blocks]``, as wide as ``out.block_table``.
+        out: its first ``B`` rows are written (one kernel, no host sync).
+    """
+    if row_index.is_cuda:
+        from kubeinfer.kernels.triton_batch_prep import prepare_decode_triton
+
+        prepare_decode_triton(row_index, last_tokens, block_tables, computed, block_size, out)
+        return
+    prepare_decode_reference(row_index, last_tokens, block_tables, computed, block_size, out)
+
+
+def prepare_decode_reference(
+    row_index: Tensor,
+    last_tokens: Tensor,
+    block_tables: Tensor,
+    computed: Tensor,
+    block_size: int,
+    out: StepInputs,
+) -> None:
+    """`prepare_decode` in torch."""
+    size = row_index.shape[0]
+    live = row_index >= 0
+    rows = row_index.clamp(min=0).long()
+    position = computed[rows].long() * live
+    table = block_tables[rows] * live.unsqueeze(1)
+    block = table.gather(1, (position // block_size).unsqueeze(1)).squeeze(1)
+    out.input_ids[:size] = last_tokens[rows] * live
+    out.positions[:size] = position
+    out.slot_mapping[:size] = (block * block_size + position % block_size).where(live, -1)
+    out.seq_lens[:size] = ((position + 1) * live).int()
+    out.block_table[:size] = table
+
+
+def prepare_mixed(
+    row_index: Tensor,
+    query_start: Tensor,
+    from_table: Tensor,
+    last_tokens: Tensor,
+    block_tables: Tensor,
+    computed: Tensor,
+    block_size: int,
+    max_query_len: int,
+    out: StepInputs,
+) -> None:
+    """Inputs of a step whose rows have any query length.
+
+    Sequence ``i`` owns tokens ``query_start[i]:query_start[i + 1]`` at positions ``computed[row]`` and on. The host
+    has written ``out.input_ids`` for all sequences but those with ``from_table[i]`` set, whose first token is taken
+    from ``last_tokens``.
+
+    Args:
+        row_index: int32 ``[B]``, none negative.
+        query_start: int32 ``[B + 1]``.
+        from_table: bool ``[B]``.
+        max_query_len: longest query (host integer).
+        out: ``input_ids`` (where taken from the table), ``positions``, ``slot_mapping``, ``seq_lens`` and
+            ``block_table`` are written.
+    """
+    if row_index.is_cuda:
+        from kubeinfer.kernels.triton_batch_prep import prepare_mixed_triton
+
+        prepare_mixed_triton(
+            row_index,
+            query_start,
+            from_table,
+            last_tokens,
+            block_tables,
+            computed,
+            block_size,
+            max_query_len,
+            out,
+        )
+        return
+    prepare_mixed_reference(
+        row_index,
+        query_start,
+        from_table,
+        last_tokens,
+        block_tables,
+        computed,
+        block_size,
+        max_query_len,
+        out,
+    )
+
+
+def prepare_mixed_reference(
+    row_index: Tensor,
+    query_start: Tensor,
+    from_table: Tensor,
+    last_tokens: Tensor,
+    block_tables: Tensor,
+    computed: Tensor,
+    block_size: int,
+    max_query_len: int,
+    out: StepInputs,
+) -> None:
+    """`prepare_mixed` in torch."""
+    size, rows = row_index.shape[0], row_index.long()
+    lengths = query_start[1:] - query_start[:-1]
+    total = int(query_start[-1])
+    owner = torch.repeat_interleave(torch.arange(size, device=rows.device), lengths.long())
+    offset = torch.arange(total, device=rows.device) - query_start[:-1].long()[owner]
+    position = computed[rows].long()[owner] + offset
+    table = block_tables[rows]
+    block = table[owner, position // block_size]
+    first = query_start[:-1].long()[from_table]
+    out.input_ids[first] = last_tokens[rows[from_table]]
+    out.positions[:total] = position
+    out.slot_mapping[:total] = (block * block_size + position % block_size).int()
+    out.seq_lens[:size] = computed[rows] + lengths
+    out.block_table[:size] = table
+
+
+def store_sampled(
+    row_index: Tensor, sampled: Tensor, last_tokens: Tensor, computed: Tensor | None = None, advance: int = 1
+) -> None:
+    """``last_tokens[row_index] = sampled``, and ``computed[row_index] += advance`` where ``computed`` is given.
+
+    Args:
+        row_index: int32 ``[B]``; negative rows are skipped, no row appears twice.
+        sampled: int64 ``[B]``.
+    """
+    if row_index.is_cuda:
+        from kubeinfer.kernels.triton_batch_prep import store_sampled_triton
+
+        store_sampled_triton(row_index, sampled, last_tokens, computed, advance)
+        return
+    store_sampled_reference(row_index, sampled, last_tokens, computed, advance)
+
+
+def store_sampled_reference(
+    row_index: Tensor, sampled: Tensor, last_tokens: Tensor, computed: Tensor | None = None, advance: int = 1
+) -> None:
+    """`store_sampled` in torch."""
+    live = row_index >= 0
+    rows = row_index[live].long()
+    last_tokens[rows] = sampled[live]
+    if computed is not None:
+        computed[rows] += advance

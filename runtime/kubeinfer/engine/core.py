@@ -1,0 +1,145 @@
+"""The engine core: plan a step, launch it, take in the step before."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from kubeinfer.engine.kv_cache import KVCacheManager
+from kubeinfer.engine.messages import EngineInfo, EngineOutput, EngineOutputs, EngineRequest
+from kubeinfer.engine.scheduler import Scheduler, SchedulerConfig
+from kubeinfer.errors import OptionError
+
+if TYPE_CHECKING:
+    from kubeinfer.distributed.executor import CacheSpec, Executor
+    from kubeinfer.model_config import ModelConfig
+    from kubeinfer.options import EngineOptions
+
+logger = logging.getLogger(__name__)
+_GIB = 2**30
+
+
+class EngineCore:
+    """Scheduler and executor joined. Not thread-safe: one loop owns it."""
+
+    def __init__(self, options: EngineOptions, model_config: ModelConfig, executor: Executor, limits: tuple[int, int]):
+        """``limits``: most sequences and most tokens of a step, as resolved for the device."""
+        started = time.perf_counter()
+        self.executor = executor
+        spec = executor.start()
+        max_model_len = fit_model_len(options, model_config, spec)
+        max_num_seqs, max_tokens = limits
+        kv_cache = KVCacheManager(spec.num_blocks, spec.block_size, options.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_tokens,
+                max_model_len=max_model_len,
+                long_prefill_token_threshold=options.long_prefill_token_threshold,
+                enable_chunked_prefill=options.enable_chunked_prefill,
+                policy=options.scheduling_policy,
+            ),
+            kv_cache,
+        )
+        phases = dict(spec.start_seconds)
+        phases["total"] = round(time.perf_counter() - started, 3)
+        tokens = (spec.num_blocks - 1) * spec.block_size
+        logger.info(
+            "memory: weights %.2f GiB, KV cache %.2f GiB = %d tokens in %d blocks of %d; %.1f requests of %d tokens at once",
+            spec.weight_bytes / _GIB, spec.kv_cache_bytes / _GIB, tokens, spec.num_blocks - 1, spec.block_size,
+            tokens / max_model_len, max_model_len,
+        )  # fmt: skip
+        logger.info("started: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items()))
+        self.info = EngineInfo(
+            max_model_len=max_model_len,
+            num_blocks=spec.num_blocks,
+            block_size=spec.block_size,
+            vocab_size=model_config.vocab_size,
+            device=options.device,
+            dtype=model_config.dtype,
+            weight_bytes=spec.weight_bytes,
+            kv_cache_bytes=spec.kv_cache_bytes,
+            max_num_seqs=max_num_seqs,
+            start_seconds=phases,
+        )
+        self._num_in_flight = 0
+        self._ended: list[EngineOutput] = []  # aborts to be told with the next step
+
+    def add_requests(self, requests: list[EngineRequest]) -> None:
+        for request in requests:
+            self.scheduler.add(request)
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        self._ended.extend(self.scheduler.abort(request_ids))
+
+    def has_work(self) -> bool:
+        return self._num_in_flight > 0 or bool(self._ended) or self.scheduler.has_unfinished()
+
+    def step(self) -> EngineOutputs:
+        """Launch one step if one can run, and take in the oldest step in flight if no more may fly.
+
+        Returns what is new; its outputs may be empty while the pipeline fills.
+        """
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.executor.submit(plan)
+            self._num_in_flight += 1
+        outputs: list[EngineOutput] = []
+        if self._num_in_flight and (plan is None or self._num_in_flight >= self.executor.depth):
+            outputs = self.scheduler.update(self.executor.collect())
+            self._num_in_flight -= 1
+        if self._ended:
+            outputs += self._ended
+            self._ended = []
+        return EngineOutputs(outputs, self.scheduler.stats())
+
+    def reset_prefix_cache(self) -> None:
+        self.scheduler.kv_cache.reset_prefix_cache()
+
+    def check_integrity(self) -> None:
+        self.scheduler.check_integrity()
+
+    def shutdown(self) -> None:
+        self.executor.shutdown()
+
+
+def fit_model_len(options: EngineOptions, model_config: ModelConfig, spec: CacheSpec) -> int:
+    """The longest sequence: the model's limit, if the KV cache can hold one such sequence.
+
+    Where the user set no ``max_model_len`` it is lowered to what fits; a length the user asked for is never cut.
+    """
+    tokens = (spec.num_blocks - 1) * spec.block_size
+    if model_config.max_model_len <= tokens:
+        return model_config.max_model_len
+    if options.max_model_len is not None:
+        raise OptionError(
+            f"max_model_len {options.max_model_len} needs more KV cache than there is: {tokens} tokens fit. "
+            f"Lower --max-model-len to {tokens} or less, or raise "
+            + ("--cpu-kvcache-space." if options.device == "cpu" else "--gpu-memory-utilization."),
+            "max_model_len",
+        )
+    logger.warning(
+        "max_model_len lowered from the model's %d to %d tokens: that is what the KV cache holds",
+        model_config.max_model_len, tokens,
+    )  # fmt: skip
+    return tokens
+
+
+def make_core(options: EngineOptions) -> EngineCore:
+    """Read the model's configuration, resolve device-dependent defaults, and start an engine."""
+    from kubeinfer.distributed.executor import make_executor
+    from kubeinfer.engine.defaults import resolve_defaults, step_limits
+    from kubeinfer.model_config import load_model_config
+
+    options = resolve_defaults(options)
+    model_config = load_model_config(options)
+    limits = step_limits(options, model_config)
+    from kubeinfer.worker.worker import Worker
+
+    executor = make_executor(Worker, options, model_config, limits)
+    try:
+        return EngineCore(options, model_config, executor, limits)
+    except BaseException:
+        executor.shutdown()
+        raise

@@ -1,0 +1,81 @@
+"""Defaults that depend on the device, and options that cannot work on it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from kubeinfer.errors import OptionError
+from kubeinfer.options import EngineOptions, target_device
+
+if TYPE_CHECKING:
+    from kubeinfer.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_device(options: EngineOptions) -> str:
+    """cpu or cuda: what was asked for, else ``KUBEINFER_TARGET_DEVICE``, else the GPU where there is one."""
+    asked = options.device if options.device != "auto" else (target_device() or "auto")
+    if asked == "cpu":
+        return "cpu"
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
+        raise OptionError("device cuda was asked for, but torch finds no GPU; use --device cpu.", "device")
+    if asked not in ("auto", "cuda"):
+        raise OptionError(f"KUBEINFER_TARGET_DEVICE={asked} is not a device; use cpu or cuda.", "device")
+    return "cuda" if has_gpu else "cpu"
+
+
+def resolve_defaults(options: EngineOptions) -> EngineOptions:
+    """Options with the device and all that depends on it filled in. Raises :class:`OptionError`."""
+    device = resolve_device(options)
+    changes: dict[str, object] = {"device": device}
+    if options.block_size is None:
+        changes["block_size"] = 16 if device == "cuda" else 32
+    if options.distributed_executor_backend == "ray":
+        raise OptionError(
+            "distributed_executor_backend ray is not supported: several GPUs of one pod need mp (the default); "
+            "Kubernetes does the rest.",
+            "distributed_executor_backend",
+        )
+    if options.runner == "pooling" or options.convert not in ("auto", "none"):
+        raise OptionError("pooling models (--runner pooling, --convert) are not supported yet.", "runner")
+    if device == "cpu":
+        for name, neutral in (("swap_space", 0), ("cpu_offload_gb", 0)):
+            if getattr(options, name) != neutral:
+                logger.warning("%s has no effect on the CPU: weights and KV cache are in host memory already", name)
+        if options.kv_cache_dtype != "auto":
+            raise OptionError(f"kv_cache_dtype {options.kv_cache_dtype} is not supported on the CPU.", "kv_cache_dtype")
+    return options.model_copy(update=changes)
+
+
+def step_limits(options: EngineOptions, model_config: ModelConfig) -> tuple[int, int]:
+    """Most sequences and most tokens of one step."""
+    if options.device == "cpu":
+        seqs, tokens = 64, 2048
+    else:
+        import torch
+
+        large = torch.cuda.get_device_properties(0).total_memory > 60 * 2**30
+        seqs, tokens = (1024, 16384) if large else (256, 8192)
+    seqs = options.max_num_seqs or seqs
+    tokens = options.max_num_batched_tokens or max(tokens, seqs)
+    if tokens < seqs:
+        raise OptionError(
+            f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: a step must have room for one token of "
+            "every sequence. Raise the first or lower the second.",
+            "max_num_batched_tokens",
+        )
+    if not options.enable_chunked_prefill and tokens < model_config.max_model_len:
+        if options.max_num_batched_tokens is None:
+            tokens = model_config.max_model_len
+        else:
+            raise OptionError(
+                f"without chunked prefill a step must hold a whole prompt: max_num_batched_tokens {tokens} is less than "
+                f"max_model_len {model_config.max_model_len}.",
+                "max_num_batched_tokens",
+            )
+    return seqs, tokens

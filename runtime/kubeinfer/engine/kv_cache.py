@@ -1,0 +1,212 @@
+"""Blocks of the KV cache: who holds which, and which prefix each full block stands for.
+
+Automatic prefix caching by a hash chain over full blocks: a block's key covers its own tokens and all before it, so equal
+keys mean equal prefixes (paged KV cache: Kwon et al. 2023, "Efficient Memory Management for Large Language Model
+Serving with PagedAttention"). Plain integers; no device is touched here.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from hashlib import sha256
+
+from kubeinfer.engine.request import Request
+
+DUMMY_BLOCK = 0  # never given to a request: padding rows of a captured graph point at it
+
+
+class FreeList:
+    """Least-recently-freed order over block ids, O(1) for every operation (a doubly linked list in two arrays)."""
+
+    def __init__(self, num_blocks: int):
+        self._head = num_blocks  # sentinel
+        self._next = list(range(1, num_blocks + 1)) + [0]
+        self._prev = [num_blocks, *range(num_blocks)]
+        self._in = bytearray(b"\x01" * num_blocks)
+        self._count = num_blocks
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, block: int) -> bool:
+        return bool(self._in[block])
+
+    def remove(self, block: int) -> None:
+        before, after = self._prev[block], self._next[block]
+        self._next[before] = after
+        self._prev[after] = before
+        self._in[block] = 0
+        self._count -= 1
+
+    def pop_left(self) -> int:
+        block = self._next[self._head]
+        self.remove(block)
+        return block
+
+    def append(self, block: int) -> None:
+        last = self._prev[self._head]
+        self._next[last] = block
+        self._prev[block] = last
+        self._next[block] = self._head
+        self._prev[self._head] = block
+        self._in[block] = 1
+        self._count += 1
+
+    def __iter__(self) -> Iterable[int]:  # type: ignore[override]
+        block = self._next[self._head]
+        while block != self._head:
+            yield block
+            block = self._next[block]
+
+
+class KVCacheManager:
+    """Gives blocks to requests and takes them back. Block 0 is the dummy block."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
+        if num_blocks < 2:
+            raise ValueError("the KV cache needs at least two blocks (one is the dummy block).")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._refs = [0] * num_blocks
+        self._key: list[bytes | None] = [None] * num_blocks  # of a block that is in _cached
+        self._cached: dict[bytes, int] = {}
+        self._free = FreeList(num_blocks)
+        self._free.remove(DUMMY_BLOCK)
+        self.prefix_queries = 0  # tokens looked up
+        self.prefix_hits = 0  # tokens found
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_usable(self) -> int:
+        return self.num_blocks - 1
+
+    @property
+    def usage(self) -> float:
+        """Share of blocks that requests hold, 0 to 1."""
+        return 1.0 - len(self._free) / self.num_usable
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _extend_hashes(self, request: Request, num_blocks: int) -> None:
+        """Compute keys of the request's first ``num_blocks`` blocks (all their tokens must be known)."""
+        hashes, size, tokens = request.block_hashes, self.block_size, request.token_ids
+        parent = hashes[-1] if hashes else (request.engine_request.cache_salt or "").encode()
+        for i in range(len(hashes), num_blocks):
+            parent = sha256(parent + array("q", tokens[i * size : (i + 1) * size]).tobytes()).digest()
+            hashes.append(parent)
+
+    def match_prefix(self, request: Request) -> list[int]:
+        """Cached blocks of the longest known prefix; at least one token is always left to compute."""
+        if not self.enable_prefix_caching or request.params.prompt_logprobs is not None:
+            return []
+        most = (len(request.token_ids) - 1) // self.block_size
+        self._extend_hashes(request, most)
+        found: list[int] = []
+        cached = self._cached
+        for key in request.block_hashes[:most]:
+            block = cached.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def take_prefix(self, request: Request, blocks: list[int]) -> None:
+        """Hold the cached ``blocks`` for a request that holds none yet, and count the hit."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                self._free.remove(block)
+            self._refs[block] += 1
+        request.block_ids = list(blocks)
+        request.num_registered = len(blocks)
+        request.num_computed = len(blocks) * self.block_size
+        if self.enable_prefix_caching:
+            self.prefix_queries += len(request.token_ids)
+            self.prefix_hits += request.num_computed
+
+    def num_new_blocks(self, request: Request, num_tokens: int) -> int:
+        return max(0, self.blocks_for(num_tokens) - len(request.block_ids))
+
+    def allocate(self, request: Request, num_tokens: int) -> list[int] | None:
+        """Blocks to append so that ``num_tokens`` tokens fit, or None if there are not enough (nothing changes then)."""
+        need = -(-num_tokens // self.block_size) - len(request.block_ids)
+        if need <= 0:
+            return []
+        free = self._free
+        if need > len(free):
+            return None
+        new = []
+        for _ in range(need):
+            block = free.pop_left()
+            key = self._key[block]
+            if key is not None:  # evicted: the oldest freed block loses its prefix
+                del self._cached[key]
+                self._key[block] = None
+            self._refs[block] = 1
+            new.append(block)
+        request.block_ids.extend(new)
+        return new
+
+    def register_full_blocks(self, request: Request, num_computed: int) -> None:
+        """Put blocks whose tokens are all known and computed (or being computed) into the prefix cache.
+
+        A later row of the same step may hit them: each layer writes all keys and values before it attends.
+        """
+        full = min(num_computed, len(request.token_ids)) // self.block_size
+        if not self.enable_prefix_caching or full <= request.num_registered:
+            return
+        self._extend_hashes(request, full)
+        for i in range(request.num_registered, full):
+            key, block = request.block_hashes[i], request.block_ids[i]
+            if key not in self._cached:
+                self._cached[key] = block
+                self._key[block] = key
+        request.num_registered = full
+
+    def free(self, request: Request) -> None:
+        """Give all blocks back, the last first, so that a shared beginning is evicted last."""
+        for block in reversed(request.block_ids):
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                self._free.append(block)
+        request.block_ids = []
+        request.num_registered = 0
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix; blocks in use stay with their requests."""
+        for key, block in self._cached.items():
+            if self._key[block] == key:
+                self._key[block] = None
+        self._cached.clear()
+
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Recompute every invariant from the requests that hold blocks; raise AssertionError where one is broken."""
+        refs = [0] * self.num_blocks
+        for request in requests:
+            held = request.block_ids
+            if len(set(held)) != len(held):
+                raise AssertionError(f"request {request.request_id} holds a block twice")
+            if request.num_registered > len(held):
+                raise AssertionError(f"request {request.request_id} registered blocks it does not hold")
+            for block in held:
+                refs[block] += 1
+        if refs[DUMMY_BLOCK]:
+            raise AssertionError("the dummy block was given to a request")
+        if refs != self._refs:
+            wrong = next(i for i in range(self.num_blocks) if refs[i] != self._refs[i])
+            raise AssertionError(f"block {wrong} is held {refs[wrong]} times but counted {self._refs[wrong]}")
+        free = list(self._free)  # type: ignore[call-overload]
+        if len(free) != len(self._free) or len(set(free)) != len(free):
+            raise AssertionError("the free list is damaged")
+        if set(free) != {b for b in range(1, self.num_blocks) if refs[b] == 0}:
+            raise AssertionError("free blocks and held blocks do not make up the cache")
+        for key, block in self._cached.items():
+            if self._key[block] != key:
+                raise AssertionError(f"cached block {block} does not know its key")
+        if sum(k is not None for k in self._key) != len(self._cached):
+            raise AssertionError("a block has a key that the cache does not know")

@@ -1,0 +1,93 @@
+"""Self-attention over the paged KV cache, and what a step tells every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kubeinfer.kernels.attention import DecodeWorkspace, paged_attention
+from kubeinfer.kernels.rope import rope_and_cache
+from kubeinfer.layers.linear import QKVLinear, RowLinear
+from kubeinfer.layers.norm import RMSNorm
+from kubeinfer.layers.parameters import ParameterStore
+from kubeinfer.model_config import ModelConfig
+
+
+@dataclass(slots=True)
+class StepContext:
+    """One step's inputs besides its tokens; tensors live on the model's device.
+
+    Decode rows come first: the first ``num_decodes`` sequences have one query token each.
+    """
+
+    positions: Tensor  # int64 [T]
+    slot_mapping: Tensor  # int32 [T]
+    query_start: Tensor  # int32 [B + 1]
+    seq_lens: Tensor  # int32 [B]
+    block_table: Tensor  # int32 [B, max_blocks]
+    max_query_len: int
+    max_seq_len: int
+    num_decodes: int
+    kv_caches: list[Tensor] = field(default_factory=list)  # a layer each: [2, blocks, kv heads, block_size, head_dim]
+    workspace: DecodeWorkspace | None = None
+
+
+class SelfAttention:
+    """Grouped-query attention with rotary embedding; optional per-head norm of queries and keys (Qwen3)."""
+
+    def __init__(
+        self,
+        store: ParameterStore,
+        config: ModelConfig,
+        layer: int,
+        prefix: str,
+        cos_sin: Tensor | None,
+        *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: bool = False,
+        out_name: str = "o_proj",
+    ):
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.window = config.layer_windows[layer]
+        self.cos_sin = cos_sin
+        self.qkv = QKVLinear(
+            store,
+            (f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.v_proj"),
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            qkv_bias,
+        )
+        self.num_heads, self.num_kv_heads = self.qkv.num_heads, self.qkv.num_kv_heads
+        self.out = RowLinear(
+            store, f"{prefix}.{out_name}", config.hidden_size, config.num_heads * config.head_dim, out_bias
+        )
+        self.q_norm = RMSNorm(store, f"{prefix}.q_norm", config.head_dim, config.norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(store, f"{prefix}.k_norm", config.head_dim, config.norm_eps) if qk_norm else None
+        self._eps = config.norm_eps
+
+    def __call__(self, hidden: Tensor, step: StepContext) -> Tensor:
+        """``hidden [T, H]`` -> ``[T, H]``; this step's keys and values are written to the cache."""
+        tokens = hidden.shape[0]
+        qkv = self.qkv(hidden).view(tokens, -1, self.head_dim)
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        cache = step.kv_caches[self.layer]
+        rope_and_cache(
+            q, k, v, step.positions, self.cos_sin, step.slot_mapping, cache,
+            q_norm_weight=self.q_norm.weight if self.q_norm else None,
+            k_norm_weight=self.k_norm.weight if self.k_norm else None,
+            eps=self._eps,
+        )  # fmt: skip
+        out = torch.empty(tokens, self.num_heads, self.head_dim, dtype=hidden.dtype, device=hidden.device)
+        paged_attention(
+            q, cache, step.query_start, step.seq_lens, step.block_table, out,
+            scale=self.scale, max_query_len=step.max_query_len, max_seq_len=step.max_seq_len,
+            sliding_window=self.window, num_decodes=step.num_decodes, workspace=step.workspace,
+        )  # fmt: skip
+        return self.out(out.view(tokens, -1))

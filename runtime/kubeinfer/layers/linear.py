@@ -1,0 +1,115 @@
+"""Linear layers, whole or split over a tensor-parallel group (Megatron-LM: columns first, rows second, one all-reduce)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kubeinfer.errors import OptionError
+from kubeinfer.kernels.linear import PackedWeight, linear, pack_weight
+from kubeinfer.layers.parameters import ParameterStore
+
+
+class Linear:
+    """``y = x W^T + b``; ``weight`` is this rank's shard ``[out, in]``."""
+
+    def __init__(self, store: ParameterStore, out_features: int, in_features: int, bias: bool):
+        self.weight = store.empty(out_features, in_features)
+        self.bias = store.empty(out_features) if bias else None
+        self._packed: PackedWeight | None = None
+
+    def finish_loading(self) -> None:
+        """Put the weight into the form its kernel reads fastest."""
+        self._packed = pack_weight(self.weight, self.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self._packed)
+
+
+class ReplicatedLinear(Linear):
+    """The whole weight on every rank."""
+
+    def __init__(self, store: ParameterStore, name: str, out_features: int, in_features: int, bias: bool):
+        super().__init__(store, out_features, in_features, bias)
+        store.expect(f"{name}.weight", self.weight)
+        if self.bias is not None:
+            store.expect(f"{name}.bias", self.bias)
+
+
+class ColumnLinear(Linear):
+    """Outputs split over the ranks; several checkpoint weights may be fused one under the other."""
+
+    def __init__(
+        self, store: ParameterStore, names: list[str], out_features: list[int], in_features: int, bias: bool
+    ):
+        rank, size = store.group.rank, store.group.size
+        for total in out_features:
+            check_divisible(total, size, f"{names[0]} outputs")
+        shards = [total // size for total in out_features]
+        super().__init__(store, sum(shards), in_features, bias)
+        offset = 0
+        for name, length in zip(names, shards):
+            store.expect(f"{name}.weight", self.weight.narrow(0, offset, length), 0, rank * length, length)
+            if self.bias is not None:
+                store.expect(f"{name}.bias", self.bias.narrow(0, offset, length), 0, rank * length, length)
+            offset += length
+
+
+class QKVLinear(Linear):
+    """Query, key and value projections in one weight. KV heads are replicated where there are fewer than ranks."""
+
+    def __init__(
+        self,
+        store: ParameterStore,
+        names: tuple[str, str, str],
+        hidden: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool,
+    ):
+        rank, size = store.group.rank, store.group.size
+        check_divisible(num_heads, size, "attention heads")
+        if num_kv_heads >= size:
+            check_divisible(num_kv_heads, size, "KV heads")
+        else:
+            check_divisible(size, num_kv_heads, "ranks per KV head")
+        self.num_heads = num_heads // size
+        self.num_kv_heads = max(1, num_kv_heads // size)
+        q, kv = self.num_heads * head_dim, self.num_kv_heads * head_dim
+        super().__init__(store, q + 2 * kv, hidden, bias)
+        kv_start = (rank * num_kv_heads // size) * head_dim
+        parts = ((0, q, rank * q), (q, kv, kv_start), (q + kv, kv, kv_start))
+        for name, (offset, length, start) in zip(names, parts):
+            store.expect(f"{name}.weight", self.weight.narrow(0, offset, length), 0, start, length)
+            if self.bias is not None:
+                store.expect(f"{name}.bias", self.bias.narrow(0, offset, length), 0, start, length)
+
+
+class RowLinear(Linear):
+    """Inputs split over the ranks; the partial results are summed. The bias is added once, on rank 0."""
+
+    def __init__(self, store: ParameterStore, name: str, out_features: int, in_features: int, bias: bool):
+        self.group = store.group
+        rank, size = self.group.rank, self.group.size
+        check_divisible(in_features, size, f"{name} inputs")
+        shard = in_features // size
+        super().__init__(store, out_features, shard, bias)
+        store.expect(f"{name}.weight", self.weight, 1, rank * shard, shard)
+        if self.bias is not None:
+            store.expect(f"{name}.bias", self.bias)
+
+    def finish_loading(self) -> None:
+        if self.bias is not None and self.group.rank > 0:
+            self.bias.zero_()
+        super().finish_loading()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.group.all_reduce(linear(x, self.weight, self.bias, self._packed))
+
+
+def check_divisible(total: int, parts: int, what: str) -> None:
+    if total % parts:
+        raise OptionError(
+            f"tensor_parallel_size {parts} does not divide the model's {total} {what}; choose a divisor.",
+            "tensor_parallel_size",
+        )

@@ -1,0 +1,36 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm
+from kubeinfer.layers.parameters import ParameterStore
+
+
+class RMSNorm:
+    """Root mean square norm (Zhang and Sennrich 2019), fused with the residual addition before it."""
+
+    def __init__(self, store: ParameterStore, name: str, size: int, eps: float):
+        self.weight = store.empty(size)
+        self.eps = eps
+        store.expect(f"{name}.weight", self.weight)
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``(norm(x + residual), x + residual)``; without a residual ``(norm(x), x)``."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps), x
+        return fused_add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class LayerNorm:
+    """Layer norm with weight and bias."""
+
+    def __init__(self, store: ParameterStore, name: str, size: int, eps: float = 1e-5):
+        self.weight, self.bias, self.eps = store.empty(size), store.empty(size), eps
+        store.expect(f"{name}.weight", self.weight)
+        store.expect(f"{name}.bias", self.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

@@ -1,0 +1,105 @@
+"""The tensors of a model and where each comes from in a checkpoint.
+
+A layer makes its tensors here and says which checkpoint tensor goes where: fused weights (qkv, gate and up) are views of
+one tensor, shards of tensor parallelism are slices. Loading then is copying by name, and what is left over or missing
+is known exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kubeinfer.errors import ModelLoadError
+from kubeinfer.layers.parallel import Group
+
+# Buffers that some exporters save and no layer reads.
+_IGNORED_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias_mask", "rope_freqs.weight")
+
+
+@dataclass(slots=True)
+class Slot:
+    """Destination of one checkpoint tensor; ``dim``, ``start`` and ``length`` choose this rank's slice of it."""
+
+    into: Tensor
+    dim: int | None = None
+    start: int = 0
+    length: int = 0
+    loaded: bool = False
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        if self.dim is not None:
+            if tensor.dim() <= self.dim or tensor.shape[self.dim] < self.start + self.length:
+                raise ModelLoadError(f"{name} has shape {tuple(tensor.shape)}, too small for this model's config.json.")
+            tensor = tensor.narrow(self.dim, self.start, self.length)
+        if tensor.shape != self.into.shape:
+            raise ModelLoadError(
+                f"{name} has shape {tuple(tensor.shape)} but config.json asks for {tuple(self.into.shape)}; "
+                "the weights and the configuration are not of the same model."
+            )
+        self.into.copy_(tensor)
+        self.loaded = True
+
+
+class ParameterStore:
+    """Makes a model's tensors on ``device`` in ``dtype`` and fills them from a checkpoint."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, group: Group):
+        self.device = device
+        self.dtype = dtype
+        self.group = group
+        self.slots: dict[str, list[Slot]] = {}
+        self.tensors: list[Tensor] = []
+
+    def empty(self, *shape: int) -> Tensor:
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.tensors.append(tensor)
+        return tensor
+
+    def expect(self, name: str, into: Tensor, dim: int | None = None, start: int = 0, length: int = 0) -> None:
+        """Checkpoint tensor ``name`` (or its slice along ``dim``) belongs in ``into``."""
+        self.slots.setdefault(name, []).append(Slot(into, dim, start, length))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def wants(self, name: str) -> bool:
+        return name in self.slots
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], optional: frozenset[str] = frozenset()) -> None:
+        """Copy every tensor to its place. ``optional`` names may be there or not (a tied head's copy).
+
+        Raises :class:`ModelLoadError` naming what is left over or missing.
+        """
+        left_over = []
+        for name, tensor in tensors:
+            slots = self.slots.get(name)
+            if slots is None:
+                if name not in optional and not name.endswith(_IGNORED_ENDINGS):
+                    left_over.append(name)
+                continue
+            for slot in slots:
+                slot.load(name, tensor)
+        missing = [name for name, slots in self.slots.items() if not all(s.loaded for s in slots)]
+        if missing:
+            raise ModelLoadError(f"the checkpoint lacks {_some(missing)}; it is incomplete or of another model.")
+        if left_over:
+            raise ModelLoadError(f"the checkpoint has tensors that this model has no place for: {_some(left_over)}.")
+
+    def fill_random(self, seed: int) -> None:
+        """Random weights of a sane scale, the same for a seed (load_format dummy)."""
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        for tensor in self.tensors:
+            if tensor.dim() == 1:
+                tensor.fill_(1.0)
+            else:
+                tensor.normal_(0.0, 0.02, generator=generator)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,77 @@
+"""Llama and all that share its shape: Mistral, SmolLM, Yi, DeepSeek-distilled Llama."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kubeinfer.layers.attention import SelfAttention, StepContext
+from kubeinfer.layers.embedding import VocabEmbedding
+from kubeinfer.layers.mlp import GatedMLP
+from kubeinfer.layers.norm import RMSNorm
+from kubeinfer.layers.parameters import ParameterStore
+from kubeinfer.layers.rotary import rope_table
+from kubeinfer.model_config import ModelConfig
+
+
+class DecoderLayer:
+    """Pre-norm attention and gated MLP around one residual stream."""
+
+    def __init__(self, store: ParameterStore, config: ModelConfig, layer: int, attention: SelfAttention):
+        prefix = f"model.layers.{layer}"
+        bias = bool(config.hf_config.get("mlp_bias", False))
+        self.attention = attention
+        self.mlp = GatedMLP(store, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias)
+        self.input_norm = RMSNorm(store, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps)
+        self.mlp_norm = RMSNorm(store, f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps)
+
+    def __call__(self, hidden: Tensor, residual: Tensor | None, step: StepContext) -> tuple[Tensor, Tensor]:
+        hidden, residual = self.input_norm(hidden, residual)
+        hidden, residual = self.mlp_norm(self.attention(hidden, step), residual)
+        return self.mlp(hidden), residual
+
+
+class LlamaForCausalLM:
+    """The model of one rank. Subclasses say how their attention differs."""
+
+    qkv_bias = False
+    qk_norm = False
+
+    def __init__(self, config: ModelConfig, store: ParameterStore):
+        self.config = config
+        self.embedding = VocabEmbedding(store, "model.embed_tokens", config.vocab_size, config.hidden_size)
+        trained = int(config.hf_config.get("max_position_embeddings") or config.max_model_len)
+        cos_sin = rope_table(config.rope, config.head_dim, config.max_model_len, trained).to(store.device)
+        self.layers = [
+            DecoderLayer(store, config, layer, self.attention(store, config, layer, cos_sin))
+            for layer in range(config.num_layers)
+        ]
+        self.norm = RMSNorm(store, "model.norm", config.hidden_size, config.norm_eps)
+        tied = config.tie_word_embeddings
+        self.head = (
+            self.embedding if tied else VocabEmbedding(store, "lm_head", config.vocab_size, config.hidden_size)
+        )
+        self.optional_weights = frozenset({"lm_head.weight"} if tied else ())
+
+    def attention(self, store: ParameterStore, config: ModelConfig, layer: int, cos_sin: Tensor) -> SelfAttention:
+        bias = bool(config.hf_config.get("attention_bias", False))
+        return SelfAttention(
+            store, config, layer, f"model.layers.{layer}.self_attn", cos_sin,
+            qkv_bias=self.qkv_bias or bias, out_bias=bias, qk_norm=self.qk_norm,
+        )  # fmt: skip
+
+    def finish_loading(self) -> None:
+        for layer in self.layers:
+            for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
+                linear.finish_loading()
+        self.head.finish_loading()
+
+    def forward(self, input_ids: Tensor, step: StepContext) -> Tensor:
+        """``input_ids [T]`` -> final hidden states ``[T, hidden]``."""
+        hidden, residual = self.embedding.embed(input_ids), None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, step)
+        return self.norm(hidden, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden [N, H]`` -> ``[N, vocab_size]``."""
+        return self.head.logits(hidden)

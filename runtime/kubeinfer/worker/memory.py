@@ -1,0 +1,93 @@
+"""How much memory is truly free, and how many KV blocks fit in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kubeinfer.errors import OptionError
+from kubeinfer.model_config import ModelConfig
+from kubeinfer.options import EngineOptions
+
+_GIB = 2**30
+_CPU_SHARE = 0.5  # of free host memory: the rest is for activations, the page cache and the other processes of the pod
+
+
+def free_host_bytes() -> int:
+    """Memory this process may still take: the machine's, or its cgroup's if that is less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for limit_file, usage_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        limit, usage = _read_int(limit_file), _read_int(usage_file)
+        if limit is not None and usage is not None:
+            free = min(free, max(0, limit - usage))
+    return free
+
+
+def usable_cpus() -> int:
+    """Cores this process may use: its affinity, or its cgroup's quota if that is less (at least 1)."""
+    import os
+
+    count = len(os.sched_getaffinity(0))
+    quota = _read_text("/sys/fs/cgroup/cpu.max")
+    if quota and not quota.startswith("max"):
+        limit, period = (int(part) for part in quota.split())
+        count = min(count, max(1, limit // period))
+    else:
+        limit_v1 = _read_int("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+        period_v1 = _read_int("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+        if limit_v1 and period_v1 and limit_v1 > 0:
+            count = min(count, max(1, limit_v1 // period_v1))
+    return max(1, count)
+
+
+def _read_text(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _read_int(path: str) -> int | None:
+    text = _read_text(path)
+    try:
+        return int(text) if text else None
+    except ValueError:
+        return None
+
+
+def block_bytes(config: ModelConfig, block_size: int, itemsize: int, num_kv_heads: int, num_layers: int) -> int:
+    """Bytes of one block on one rank, all its layers, keys and values."""
+    return 2 * num_layers * num_kv_heads * config.head_dim * block_size * itemsize
+
+
+def cpu_kv_blocks(options: EngineOptions, config: ModelConfig, per_block: int, max_num_seqs: int) -> int:
+    """KV blocks on the CPU, block 0 included."""
+    block_size = int(options.block_size or 32)
+    if options.num_gpu_blocks_override is not None:
+        return options.num_gpu_blocks_override
+    useful = max_num_seqs * -(-config.max_model_len // block_size) + 1
+    free = free_host_bytes()
+    if options.kv_cache_memory_bytes is not None:
+        budget, source = options.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
+    elif options.cpu_kvcache_space is not None:
+        budget, source = int(options.cpu_kvcache_space * _GIB), "--cpu-kvcache-space"
+    else:
+        budget, source = int(free * _CPU_SHARE), ""
+    if source and budget > free:
+        raise OptionError(
+            f"{source} asks for {budget / _GIB:.1f} GiB of KV cache, but only {free / _GIB:.1f} GiB of memory are free "
+            "(cgroup limit included). Lower it, or give the pod more memory.",
+            source.removeprefix("--").replace("-", "_"),
+        )
+    blocks = min(budget // per_block, useful)
+    if blocks < 2:
+        raise OptionError(
+            f"no memory for a KV cache: {free / _GIB:.2f} GiB are free after the weights, one block takes "
+            f"{per_block / 2**20:.1f} MiB. Give more memory, or choose a smaller model.",
+            "cpu_kvcache_space",
+        )
+    return int(blocks)

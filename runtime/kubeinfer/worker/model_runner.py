@@ -1,0 +1,161 @@
+"""Runs a step: builds the batch's inputs, calls the model, samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kubeinfer.engine.messages import TokenLogprobs
+from kubeinfer.engine.plan import StepPlan, StepResult
+from kubeinfer.layers.attention import StepContext
+from kubeinfer.worker.sampler import Sampler, token_logprobs
+from kubeinfer.worker.tables import RowTables
+
+
+class PendingResult:
+    """A step that has been launched. ``wait`` gives its result once the device is done."""
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        logprobs: dict[int, TokenLogprobs] | None = None,
+        prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
+    ):
+        self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
+        self._event: Any = None
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._tokens = tokens
+
+    def wait(self) -> StepResult:
+        if self._event is not None:
+            self._event.synchronize()
+        return StepResult(self._tokens.tolist(), self._logprobs, self._prompt_logprobs)
+
+
+class ModelRunner:
+    """One rank's model with its KV cache and tables."""
+
+    def __init__(
+        self, model: Any, kv_caches: list[Tensor], block_size: int, max_rows: int, max_blocks: int, device: torch.device
+    ):
+        self.model = model
+        self.kv_caches = kv_caches
+        self.block_size = block_size
+        self.device = device
+        self.tables = RowTables(max_rows, max_blocks, device)
+        self.sampler = Sampler(max_rows, model.config.vocab_size, device)
+        self._prompt_logprobs: dict[int, tuple[int, int, list[TokenLogprobs]]] = {}  # row -> (k, prompt_len, found)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> PendingResult:
+        """Launch the step. Rows released earlier are gone, new rows are taken in first."""
+        self.sampler.apply(plan)
+        self.tables.apply(plan)
+        for row in plan.released_rows:
+            self._prompt_logprobs.pop(row, None)
+        for new in plan.new_rows:
+            if new.params.prompt_logprobs is not None:
+                self._prompt_logprobs[new.row] = (new.params.prompt_logprobs, new.prompt_len, [])
+        rows = np.array(plan.rows, np.int32)
+        starts = np.array(plan.starts, np.int32)
+        input_ids, step = self._inputs(plan, rows, starts)
+        hidden = self.model.forward(input_ids, step)
+        return self._sample(plan, hidden, rows, starts)
+
+    def _inputs(
+        self, plan: StepPlan, rows: NDArray[np.int32], starts: NDArray[np.int32]
+    ) -> tuple[Tensor, StepContext]:
+        num_decodes = plan.num_decodes
+        lengths = np.array(plan.num_tokens, np.int32)
+        query_start = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(lengths, out=query_start[1:])
+        seq_lens = starts + lengths
+        if num_decodes == len(rows):
+            positions, owners = starts, rows
+            ids = np.zeros(num_decodes, np.int32)
+        else:
+            offsets = np.arange(query_start[-1], dtype=np.int32) - np.repeat(query_start[:-1], lengths)
+            positions = np.repeat(starts, lengths) + offsets
+            owners = np.repeat(rows, lengths)
+            known = [
+                self.tables.tokens[row][start : start + n]
+                for row, start, n in zip(
+                    plan.rows[num_decodes:], plan.starts[num_decodes:], plan.num_tokens[num_decodes:]
+                )
+            ]
+            ids = np.concatenate((np.zeros(num_decodes, np.int32), *known))
+        size = self.block_size
+        slots = self.tables.block_table[owners, positions // size] * size + positions % size
+        max_seq_len = int(seq_lens.max())
+        device_rows = self._to(rows)
+        input_ids = self._to(ids)
+        if num_decodes:
+            input_ids[:num_decodes] = self.tables.last_tokens[device_rows[:num_decodes]].int()
+        step = StepContext(
+            positions=self._to(positions),
+            slot_mapping=self._to(slots),
+            query_start=self._to(query_start),
+            seq_lens=self._to(seq_lens),
+            block_table=self.tables.block_table_device[device_rows, : -(-max_seq_len // size)],
+            max_query_len=int(lengths.max()),
+            max_seq_len=max_seq_len,
+            num_decodes=num_decodes,
+            kv_caches=self.kv_caches,
+        )
+        return input_ids, step
+
+    def _sample(
+        self, plan: StepPlan, hidden: Tensor, rows: NDArray[np.int32], starts: NDArray[np.int32]
+    ) -> PendingResult:
+        found_prompt = self._collect_prompt_logprobs(plan, hidden) if self._prompt_logprobs else None
+        if not plan.sampled:
+            return PendingResult(torch.empty(0, dtype=torch.int64))
+        last = np.cumsum(np.array(plan.num_tokens, np.int32)) - 1
+        if len(plan.sampled) == len(rows):
+            sampled_rows, sampled_starts, lengths = rows, starts, plan.num_tokens
+            if plan.num_decodes < len(rows):
+                hidden = hidden[self._to(last)]
+        else:
+            sampled = np.array(plan.sampled, np.int32)
+            sampled_rows, sampled_starts = rows[sampled], starts[sampled]
+            lengths = [plan.num_tokens[i] for i in plan.sampled]
+            hidden = hidden[self._to(last[sampled])]
+        logits = self.model.logits(hidden)
+        positions = sampled_starts + np.array(lengths, np.int32)
+        tokens, logprobs = self.sampler.sample(logits, sampled_rows, positions, plan)
+        self.tables.last_tokens[self._to(sampled_rows)] = tokens
+        return PendingResult(tokens, logprobs, found_prompt)
+
+    def _collect_prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> dict[int, list[TokenLogprobs]] | None:
+        """Log-probabilities of the prompt tokens that follow this step's positions; complete ones are returned."""
+        done: dict[int, list[TokenLogprobs]] = {}
+        sampled_index = {entry: i for i, entry in enumerate(plan.sampled)}
+        offset = 0
+        for entry, (row, start, length) in enumerate(zip(plan.rows, plan.starts, plan.num_tokens)):
+            state = self._prompt_logprobs.get(row)
+            if state is not None:
+                k, prompt_len, found = state
+                count = min(length, prompt_len - 1 - start)
+                if count > 0:
+                    logits = self.model.logits(hidden[offset : offset + count])
+                    following = self.tables.tokens[row][start + 1 : start + 1 + count].astype(np.int64)
+                    found.extend(token_logprobs(logits, self._to(following), [k] * count))
+                if entry in sampled_index:
+                    done[sampled_index[entry]] = found
+                    del self._prompt_logprobs[row]
+            offset += length
+        return done or None
+
+    def _to(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)

@@ -1,0 +1,91 @@
+"""One rank: loads its shard of the model, makes its KV cache, runs steps."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import torch
+from torch import Tensor
+
+from kubeinfer.distributed.executor import CacheSpec
+from kubeinfer.engine.plan import StepPlan
+from kubeinfer.errors import ModelLoadError
+from kubeinfer.layers.parallel import Group, SingleGroup
+from kubeinfer.layers.parameters import ParameterStore
+from kubeinfer.model_config import ModelConfig
+from kubeinfer.models.registry import model_class
+from kubeinfer.options import EngineOptions
+from kubeinfer.worker.memory import block_bytes, cpu_kv_blocks, usable_cpus
+from kubeinfer.worker.model_runner import ModelRunner, PendingResult
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Owns one device. ``start`` once, then ``execute`` a plan at a time."""
+
+    def __init__(
+        self, options: EngineOptions, model_config: ModelConfig, max_num_seqs: int, max_tokens: int, group: Group | None = None
+    ):
+        self.options = options
+        self.model_config = model_config
+        self.max_num_seqs = max_num_seqs
+        self.max_tokens = max_tokens
+        self.group: Group = group or SingleGroup()
+        self.is_gpu = options.device == "cuda"
+        self.device = torch.device("cuda", self.group.rank) if self.is_gpu else torch.device("cpu")
+        self.dtype: torch.dtype = getattr(torch, model_config.dtype)
+        self.runner: ModelRunner | None = None
+
+    def start(self) -> CacheSpec:
+        """Weights, then the KV cache from what is left. Raises ``ModelLoadError`` or ``OptionError``."""
+        seconds: dict[str, float] = {}
+        began = time.perf_counter()
+        if not self.is_gpu and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(usable_cpus())
+        model, store = self._load_model()
+        seconds["weights"] = round(time.perf_counter() - began, 3)
+        began = time.perf_counter()
+        block_size = int(self.options.block_size or 16)
+        kv_heads = max(1, self.model_config.num_kv_heads // self.group.size)
+        itemsize = torch.empty(0, dtype=self.dtype).element_size()
+        per_block = block_bytes(self.model_config, block_size, itemsize, kv_heads, self.model_config.num_layers)
+        num_blocks = cpu_kv_blocks(self.options, self.model_config, per_block, self.max_num_seqs)
+        kv_caches = self._make_kv_caches(num_blocks, kv_heads, block_size)
+        max_blocks = -(-min(self.model_config.max_model_len, (num_blocks - 1) * block_size) // block_size)
+        self.runner = ModelRunner(model, kv_caches, block_size, self.max_num_seqs, max_blocks, self.device)
+        seconds["kv_cache"] = round(time.perf_counter() - began, 3)
+        return CacheSpec(num_blocks, block_size, store.num_bytes, num_blocks * per_block, seconds)
+
+    def _load_model(self) -> tuple[object, ParameterStore]:
+        config = self.model_config
+        store = ParameterStore(self.device, self.dtype, self.group)
+        model = model_class(config.architecture)(config, store)
+        if self.options.load_format == "dummy":
+            store.fill_random(self.options.seed)
+        else:
+            from kubeinfer.weights.readers import iterate_tensors
+
+            try:
+                store.load(
+                    iterate_tensors(config.path, self.options.load_format, wanted=None), model.optional_weights
+                )
+            except ModelLoadError as exc:
+                raise ModelLoadError(f"{config.path}: {exc}") from None
+        model.finish_loading()
+        return model, store
+
+    def _make_kv_caches(self, num_blocks: int, kv_heads: int, block_size: int) -> list[Tensor]:
+        shape = (2, num_blocks, kv_heads, block_size, self.model_config.head_dim)
+        # Not zeroed: a page is written before it is read, and untouched pages of host memory cost nothing.
+        return [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(self.model_config.num_layers)]
+
+    def execute(self, plan: StepPlan) -> PendingResult:
+        if self.runner is None:
+            raise RuntimeError("the worker was not started")
+        return self.runner.execute(plan)
+
+    def shutdown(self) -> None:
+        self.runner = None

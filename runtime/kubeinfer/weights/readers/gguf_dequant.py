@@ -1,0 +1,169 @@
+"""Dequantization of GGUF's block formats with torch: the same arithmetic in float32 as the ``gguf`` package's, bit for bit.
+
+Layouts are those of ggml-common.h in ggml. Each function takes ``blocks`` (uint8, [blocks, bytes of a block]) and
+returns float32 [blocks, elements of a block]. Formats without a function here go through the package's numpy code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+
+# Elements dequantized at a time: the working set of a chunk stays in the processor's caches.
+_CHUNK = 1 << 17
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+def dequantize(
+    raw: torch.Tensor,
+    type_name: str,
+    shape: tuple[int, ...],
+    block_size: int,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The tensor that ``raw`` (uint8, contiguous) holds in GGUF type ``type_name``.
+
+    Returns ``shape`` in ``dtype``; where that is None, in the type it is stored in, or float32 if that is a
+    quantized one. Values are computed in float32 and rounded once. The result may share memory with ``raw``.
+    """
+    if type_name in _PLAIN:
+        plain = raw.view(_PLAIN[type_name]).view(shape)
+        return plain if dtype is None else plain.to(dtype)
+    elements = prod(shape)
+    blocks = raw.view(elements // block_size, -1)
+    convert = _CONVERT.get(type_name)
+    out = torch.empty(elements // block_size, block_size, dtype=dtype or torch.float32)
+    step = max(1, _CHUNK // block_size)
+    for first in range(0, blocks.shape[0], step):
+        part = blocks[first : first + step]
+        out[first : first + step] = convert(part) if convert else _with_gguf(part, type_name)
+    return out.view(shape)
+
+
+def _with_gguf(blocks: torch.Tensor, type_name: str) -> torch.Tensor:
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize as gguf_dequantize
+
+    from kubeinfer.errors import ModelLoadError
+
+    try:
+        return torch.from_numpy(gguf_dequantize(blocks.numpy(), GGMLQuantizationType[type_name]))
+    except NotImplementedError:
+        raise ModelLoadError(
+            f"GGUF tensors of type {type_name} cannot be dequantized by the installed gguf package. "
+            "Take a file quantized otherwise (Q4_K_M, Q8_0, F16)."
+        ) from None
+
+
+def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
+    """The float16 at byte ``start`` of each block, as float32 [blocks, 1]."""
+    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., n] -> uint8 [..., 2, n]: low halves, then high halves."""
+    return torch.stack((packed & 0x0F, packed >> 4), dim=-2)
+
+
+def _bits(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """uint8 [..., n] -> uint8 [..., 8 / width, n]: fields of ``width`` bits, lowest first."""
+    mask = (1 << width) - 1
+    return torch.stack([(packed >> shift) & mask for shift in range(0, 8, width)], dim=-2)
+
+
+def _fifth_bits(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 4] -> uint8 [n, 32]: bit i of the little-endian word, moved to the fifth place (0 or 16)."""
+    return _bits(packed, 1).transpose(-1, -2).reshape(-1, 32) << 4
+
+
+def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
+    quants = _nibbles(blocks[:, 2:18]).reshape(-1, 32).to(torch.float32) - 8.0
+    return quants.mul_(_half(blocks, 0))
+
+
+def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
+    quants = _nibbles(blocks[:, 4:20]).reshape(-1, 32).to(torch.float32)
+    # two operations, not addcmul: a fused multiply-add would round once where ggml rounds twice
+    return quants.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
+    quants = _nibbles(blocks[:, 6:22]).reshape(-1, 32) | _fifth_bits(blocks[:, 2:6])
+    return (quants.to(torch.float32) - 16.0).mul_(_half(blocks, 0))
+
+
+def _q5_1(blocks: torch.Tensor) -> torch.Tensor:
+    quants = _nibbles(blocks[:, 8:24]).reshape(-1, 32) | _fifth_bits(blocks[:, 4:8])
+    return quants.to(torch.float32).mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
+    return blocks[:, 2:34].view(torch.int8).to(torch.float32).mul_(_half(blocks, 0))
+
+
+def _q2_k(blocks: torch.Tensor) -> torch.Tensor:
+    scales = blocks[:, 0:16]
+    scale = (_half(blocks, 80) * (scales & 0x0F).float()).unsqueeze(-1)
+    minimum = (_half(blocks, 82) * (scales >> 4).float()).unsqueeze(-1)
+    quants = _bits(blocks[:, 16:80].reshape(-1, 2, 32), 2).reshape(-1, 16, 16).float()
+    return quants.mul_(scale).sub_(minimum).view(-1, 256)
+
+
+def _q3_k(blocks: torch.Tensor) -> torch.Tensor:
+    low = _nibbles(blocks[:, 96:104]).reshape(-1, 16)
+    high = _bits(blocks[:, 104:108], 2).reshape(-1, 16)
+    scale = (_half(blocks, 108) * ((low | (high << 4)).float() - 32.0)).unsqueeze(-1)
+    quants = _bits(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 16, 16)
+    # the mask's bit is set where nothing is to be subtracted
+    minus = (_bits(blocks[:, 0:32], 1).reshape(-1, 16, 16) ^ 1) << 2
+    return (quants.float() - minus.float()).mul_(scale).view(-1, 256)
+
+
+def _scales_and_minimums(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 6-bit scales and minimums of Q4_K and Q5_K: uint8 [n, 12] -> two float32 [n, 8]."""
+    first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    scale = torch.cat((first & 0x3F, (third & 0x0F) | ((first >> 2) & 0x30)), dim=-1)
+    minimum = torch.cat((second & 0x3F, (third >> 4) | ((second >> 2) & 0x30)), dim=-1)
+    return scale.float(), minimum.float()
+
+
+def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
+    scale, minimum = _scales_and_minimums(blocks[:, 4:16])
+    scale = (_half(blocks, 0) * scale).unsqueeze(-1)
+    minimum = (_half(blocks, 2) * minimum).unsqueeze(-1)
+    quants = _nibbles(blocks[:, 16:144].reshape(-1, 4, 32)).reshape(-1, 8, 32).to(torch.float32)
+    return quants.mul_(scale).sub_(minimum).view(-1, 256)
+
+
+def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
+    scale, minimum = _scales_and_minimums(blocks[:, 4:16])
+    scale = (_half(blocks, 0) * scale).unsqueeze(-1)
+    minimum = (_half(blocks, 2) * minimum).unsqueeze(-1)
+    low = _nibbles(blocks[:, 48:176].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    quants = (low | (_bits(blocks[:, 16:48], 1) << 4)).to(torch.float32)
+    return quants.mul_(scale).sub_(minimum).view(-1, 256)
+
+
+def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
+    scale = (_half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()).unsqueeze(-1)
+    low = _nibbles(blocks[:, 0:128].reshape(-1, 2, 64)).reshape(-1, 8, 32)
+    high = _bits(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 8, 32)
+    quants = (low | (high << 4)).to(torch.float32) - 32.0
+    return quants.view(-1, 16, 16).mul_(scale).view(-1, 256)
+
+
+_CONVERT: dict[str, Callable[[torch.Tensor], Any]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+}

@@ -1,0 +1,425 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Triton kernels of `kubeinfer.kernels.attention`.
+
+Decode rows: one program a (sequence, KV head, split). The grid depends on the number of rows only, so a CUDA graph
+replays it for any context: each program divides its sequence's tiles by the fixed number of splits on the device. A
+second kernel merges the splits.
+
+Prefill rows: the query heads of one KV head are packed into the rows of one tile (``row = token * group + head``), so
+keys and values are read once for the group. Programs find their sequence by bisection over ``query_start``; the grid's
+size needs host integers only. Heaviest tiles (latest tokens) are launched first.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kubeinfer.kernels import tuned
+
+if TYPE_CHECKING:
+    from kubeinfer.kernels.attention import DecodeWorkspace
+
+_LOG2E = 1.4426950408889634
+_MAX_SPLITS = 64
+# Programs the decode grid aims at: a few for each of the 132 multiprocessors, so that uneven contexts even out.
+_DECODE_PROGRAMS = 1056
+
+
+@triton.jit
+def _capped(x, SOFT_CAP: tl.constexpr):
+    # In units of log2: x = logits * log2(e). tanh through exp2, saturating on both sides.
+    LOG2E: tl.constexpr = 1.4426950408889634
+    z = x * (2.0 / SOFT_CAP)
+    e = tl.exp2(tl.minimum(tl.maximum(z, -60.0), 60.0))
+    return (SOFT_CAP * LOG2E) * (1.0 - 2.0 / (e + 1.0))
+
+
+@triton.jit(do_not_specialize=["num_blocks", "stride_table"])
+def _decode_kernel(
+    q_ptr,
+    kv_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    num_blocks,
+    stride_table,
+    qk_scale,
+    v_scale,
+    STRIDE_Q: tl.constexpr,
+    STRIDE_OUT: tl.constexpr,
+    HK: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    seq = tl.program_id(2)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
+    tiles = tl.cdiv(seq_len - first, BLOCK_N)
+    tiles_per_split = tl.cdiv(tiles, SPLITS)
+    begin = first + split * tiles_per_split * BLOCK_N
+    end = tl.minimum(seq_len, begin + tiles_per_split * BLOCK_N)
+    if SPLITS > 1 and begin >= end:
+        return
+
+    rows = tl.arange(0, GROUP_PAD)
+    dims = tl.arange(0, D_PAD)
+    q_mask = (rows < GROUP)[:, None] & (dims < D)[None, :]
+    q_offsets = (head * GROUP + rows)[:, None] * D + dims[None, :]
+    q = tl.load(q_ptr + seq.to(tl.int64) * STRIDE_Q + q_offsets, mask=q_mask, other=0.0)
+
+    m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
+    table = block_table_ptr + seq.to(tl.int64) * stride_table
+    k_ptr = kv_ptr + head * (BLOCK_SIZE * D)
+    v_ptr = k_ptr + num_blocks.to(tl.int64) * (HK * BLOCK_SIZE * D)
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        inside = keys < end
+        page = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        offsets = (page * (HK * BLOCK_SIZE * D) + (keys % BLOCK_SIZE) * D)[:, None] + dims[None, :]
+        mask = inside[:, None]
+        if D != D_PAD:
+            mask = mask & (dims < D)[None, :]
+        k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
+        v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * qk_scale
+        if SOFT_CAP > 0:
+            s = _capped(s, SOFT_CAP)
+        if WINDOW > 0:
+            inside = inside & (keys >= seq_len - WINDOW)
+        s = tl.where(inside[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        if WINDOW > 0:
+            # The first tile of a window may hold no visible key at all.
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        else:
+            shift = m_new
+        p = tl.exp2(s - shift[:, None])
+        alpha = tl.exp2(m - shift)
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
+
+    if SPLITS == 1:
+        out_offsets = seq.to(tl.int64) * STRIDE_OUT + q_offsets
+        tl.store(out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
+    else:
+        row = ((seq * HK + head) * GROUP + rows) * SPLITS + split
+        tl.store(partial_ptr + row[:, None] * D + dims[None, :], acc, mask=q_mask)
+        tl.store(lse_ptr + row, m + tl.log2(total), mask=rows < GROUP)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,
+    lse_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    STRIDE_OUT: tl.constexpr,
+    HQ: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    head = tl.program_id(0)
+    seq = tl.program_id(1)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
+    tiles = tl.cdiv(seq_len - first, BLOCK_N)
+    used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, SPLITS), 1))
+    splits = tl.arange(0, SPLITS_PAD)
+    dims = tl.arange(0, D_PAD)
+    row = (seq * HQ + head) * SPLITS + splits
+    lse = tl.load(lse_ptr + row, mask=splits < used, other=float("-inf"))
+    largest = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
+    mask = (splits < used)[:, None] & (dims < D)[None, :]
+    part = tl.load(partial_ptr + row[:, None] * D + dims[None, :], mask=mask, other=0.0)
+    total = tl.sum(weight, 0)
+    result = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    out_offsets = seq.to(tl.int64) * STRIDE_OUT + head * D + dims
+    tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit
+def _prefill_tiles(
+    acc,
+    total,
+    m,
+    q,
+    k_ptr,
+    v_ptr,
+    table,
+    positions,
+    begin,
+    end,
+    seq_len,
+    qk_scale,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    dims = tl.arange(0, D_PAD)
+    for start in range(begin, end, BLOCK_N):
+        start = tl.multiple_of(start, BLOCK_N)
+        keys = start + tl.arange(0, BLOCK_N)
+        if MASKED:
+            inside = keys < seq_len
+            page = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        else:
+            page = tl.load(table + keys // BLOCK_SIZE).to(tl.int64)
+        offsets = (page * (HK * BLOCK_SIZE * D) + (keys % BLOCK_SIZE) * D)[:, None] + dims[None, :]
+        if MASKED or D != D_PAD:
+            mask = (dims < D)[None, :]
+            if MASKED:
+                # Values past the end may be anything, NaN too: zero times them must be zero.
+                mask = mask & inside[:, None]
+            k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
+            v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
+        else:
+            k = tl.load(k_ptr + offsets)
+            v = tl.load(v_ptr + offsets)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        if SOFT_CAP > 0:
+            s = _capped(s * qk_scale, SOFT_CAP)
+        if MASKED:
+            visible = keys[None, :] <= positions[:, None]
+            if WINDOW > 0:
+                visible = visible & (keys[None, :] > positions[:, None] - WINDOW)
+            s = tl.where(visible, s, float("-inf"))
+        if SOFT_CAP > 0:
+            m_new = tl.maximum(m, tl.max(s, 1))
+        else:
+            m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
+        if MASKED and WINDOW > 0:
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        else:
+            shift = m_new
+        if SOFT_CAP > 0:
+            p = tl.exp2(s - shift[:, None])
+        else:
+            p = tl.exp2(s * qk_scale - shift[:, None])
+        alpha = tl.exp2(m - shift)
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    return acc, total, m
+
+
+@triton.jit(do_not_specialize=["num_blocks", "stride_table", "first_seq", "num_seqs"])
+def _prefill_kernel(
+    q_ptr,
+    kv_ptr,
+    block_table_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    num_blocks,
+    stride_table,
+    first_seq,
+    num_seqs,
+    qk_scale,
+    v_scale,
+    STRIDE_Q: tl.constexpr,
+    STRIDE_OUT: tl.constexpr,
+    HK: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    head = tl.program_id(0)
+    # Later tiles see more keys: launched first, they leave no long tail.
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    # Sequence i owns tiles from its first token // BLOCK_Q + i on, at least one more than it needs at most.
+    base = tl.load(query_start_ptr + first_seq)
+    low = 0
+    high = num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        at = (tl.load(query_start_ptr + first_seq + middle) - base) // BLOCK_Q + middle
+        if at <= tile:
+            low = middle
+        else:
+            high = middle
+    seq = first_seq + low
+    query_begin = tl.load(query_start_ptr + seq)
+    query_len = tl.load(query_start_ptr + seq + 1) - query_begin
+    first_token = (tile - ((query_begin - base) // BLOCK_Q + low)) * BLOCK_Q
+    if first_token >= query_len:
+        return
+    seq_len = tl.load(seq_lens_ptr + seq)
+    context = seq_len - query_len
+
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, D_PAD)
+    token = first_token + rows // GROUP
+    row_inside = (rows < BLOCK_Q * GROUP) & (token < query_len)
+    mask = row_inside[:, None] & (dims < D)[None, :]
+    columns = ((head * GROUP + rows % GROUP) * D)[:, None] + dims[None, :]
+    token_row = (query_begin + token).to(tl.int64)
+    q = tl.load(q_ptr + token_row[:, None] * STRIDE_Q + columns, mask=mask, other=0.0)
+    positions = context + token
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    table = block_table_ptr + seq.to(tl.int64) * stride_table
+    k_ptr = kv_ptr + head * (BLOCK_SIZE * D)
+    v_ptr = k_ptr + num_blocks.to(tl.int64) * (HK * BLOCK_SIZE * D)
+    first_position = context + first_token
+    end = tl.minimum(first_position + BLOCK_Q, seq_len)
+    if WINDOW > 0:
+        begin = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        full_end = begin
+    else:
+        begin = 0
+        full_end = (first_position + 1) // BLOCK_N * BLOCK_N
+        acc, total, m = _prefill_tiles(
+            acc, total, m, q, k_ptr, v_ptr, table, positions, begin, full_end, seq_len, qk_scale,
+            HK, D, D_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, False,
+        )  # fmt: skip
+    acc, total, m = _prefill_tiles(
+        acc, total, m, q, k_ptr, v_ptr, table, positions, full_end, end, seq_len, qk_scale,
+        HK, D, D_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, True,
+    )  # fmt: skip
+    acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
+    tl.store(out_ptr + token_row[:, None] * STRIDE_OUT + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def num_splits(num_seqs: int, num_kv_heads: int) -> int:
+    """Splits of each decode row; a power of two that depends on the (padded) batch only."""
+    wanted = max(1, _DECODE_PROGRAMS // max(1, num_seqs * num_kv_heads))
+    return int(min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1)))
+
+
+def workspace_rows(max_seqs: int, num_heads: int, num_kv_heads: int) -> int:
+    """Partial outputs the largest grid of up to ``max_seqs`` rows writes."""
+    return max(n * num_heads * num_splits(n, num_kv_heads) for n in range(1, max(1, max_seqs) + 1))
+
+
+@functools.cache
+def _decode_config(head_dim: int, group: int, wide: bool, fp8: bool) -> tuple[int, int, int]:
+    """``BLOCK_N``, warps and pipeline stages of the decode kernel."""
+    if wide:  # fp32: for tests and exactness, not for speed
+        return 32, 4, 2
+    kind = "fp8" if fp8 else "16bit"
+    found = tuned.lookup("attention", f"decode/d{head_dim}/g{group}/{kind}", f"decode/d{head_dim}/{kind}")
+    if found is not None:
+        return found["block_n"], found["num_warps"], found["num_stages"]
+    return (64, 4, 3) if head_dim <= 128 else (32, 4, 3)
+
+
+@functools.cache
+def _prefill_config(head_dim: int, group: int, wide: bool, fp8: bool) -> tuple[int, int, int, int]:
+    """``BLOCK_M``, ``BLOCK_N``, warps and pipeline stages of the prefill kernel."""
+    smallest = max(16, triton.next_power_of_2(group))
+    if wide:
+        return max(32, smallest), 32, 4, 1
+    kind = "fp8" if fp8 else "16bit"
+    found = tuned.lookup("attention", f"prefill/d{head_dim}/g{group}/{kind}", f"prefill/d{head_dim}/{kind}")
+    if found is not None:
+        return max(found["block_m"], smallest), found["block_n"], found["num_warps"], found["num_stages"]
+    if head_dim <= 128:
+        return max(128, smallest), 64, 8, 3
+    return max(64, smallest), 32, 4, 2
+
+
+def paged_attention_triton(
+    q: Tensor,
+    kv_cache: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    scale: float,
+    max_query_len: int,
+    max_seq_len: int,
+    sliding_window: int,
+    soft_cap: float,
+    num_decodes: int,
+    workspace: DecodeWorkspace | None,
+    k_scale: float,
+    v_scale: float,
+) -> Tensor:
+    """`kubeinfer.kernels.attention.paged_attention` on CUDA tensors."""
+    num_tokens, num_heads, head_dim = q.shape
+    _, num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    group = num_heads // num_kv_heads
+    head_dim_pad = triton.next_power_of_2(head_dim)
+    wide = q.dtype == torch.float32
+    fp8 = kv_cache.dtype == torch.float8_e4m3fn
+    precision = "ieee" if wide else "tf32"
+    qk_scale = scale * k_scale * _LOG2E
+    stride_q, stride_out, stride_table = q.stride(0), out.stride(0), block_table.stride(0)
+    if num_decodes > 0:
+        block_n, num_warps, num_stages = _decode_config(head_dim, group, wide, fp8)
+        splits = num_splits(num_decodes, num_kv_heads)
+        if splits > 1 and workspace is None:
+            from kubeinfer.kernels.attention import decode_workspace
+
+            workspace = decode_workspace(num_decodes, num_heads, num_kv_heads, head_dim, q.device)
+        partial, lse = (workspace.partial, workspace.lse) if workspace is not None else (out, out)
+        _decode_kernel[(num_kv_heads, splits, num_decodes)](
+            q, kv_cache, block_table, seq_lens, out, partial, lse, num_blocks, stride_table, qk_scale, v_scale,
+            STRIDE_Q=stride_q, STRIDE_OUT=stride_out, HK=num_kv_heads, GROUP=group,
+            GROUP_PAD=max(16, triton.next_power_of_2(group)), D=head_dim, D_PAD=head_dim_pad, BLOCK_SIZE=block_size,
+            BLOCK_N=block_n, SPLITS=splits, WINDOW=sliding_window, SOFT_CAP=soft_cap, PRECISION=precision,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        if splits > 1:
+            _merge_kernel[(num_heads, num_decodes)](
+                partial, lse, seq_lens, out, STRIDE_OUT=stride_out, HQ=num_heads, D=head_dim, D_PAD=head_dim_pad,
+                BLOCK_N=block_n, SPLITS=splits, SPLITS_PAD=max(2, splits), WINDOW=sliding_window,
+                num_warps=4 if splits > 16 else 1,
+            )  # fmt: skip
+    num_prefills = seq_lens.shape[0] - num_decodes
+    if num_prefills > 0:
+        block_m, block_n, num_warps, num_stages = _prefill_config(head_dim, group, wide, fp8)
+        tiles = (num_tokens - num_decodes) // (block_m // group) + num_prefills
+        _prefill_kernel[(num_kv_heads, tiles)](
+            q, kv_cache, block_table, query_start, seq_lens, out, num_blocks, stride_table, num_decodes, num_prefills,
+            qk_scale, v_scale, STRIDE_Q=stride_q, STRIDE_OUT=stride_out, HK=num_kv_heads, GROUP=group, D=head_dim,
+            D_PAD=head_dim_pad, BLOCK_SIZE=block_size, BLOCK_M=block_m, BLOCK_N=block_n, WINDOW=sliding_window,
+            SOFT_CAP=soft_cap, PRECISION=precision, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,137 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Triton kernels of `kubeinfer.kernels.batch_prep`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kubeinfer.kernels.batch_prep import StepInputs
+
+
+@triton.jit(do_not_specialize=["max_blocks", "stride_from", "stride_to"])
+def _prepare_kernel(
+    row_index_ptr,
+    query_start_ptr,
+    from_table_ptr,
+    last_tokens_ptr,
+    block_tables_ptr,
+    computed_ptr,
+    input_ids_ptr,
+    positions_ptr,
+    slots_ptr,
+    seq_lens_ptr,
+    block_table_ptr,
+    max_blocks,
+    stride_from,
+    stride_to,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """Program (i, 0) copies sequence i's block table; the others write a stretch of its tokens each."""
+    i = tl.program_id(0)
+    part = tl.program_id(1)
+    row = tl.load(row_index_ptr + i).to(tl.int64)
+    live = row >= 0
+    start = tl.load(computed_ptr + row, mask=live, other=0)
+    source = block_tables_ptr + row * stride_from
+    lanes = tl.arange(0, BLOCK)
+    if DECODE:
+        first = i
+        length = 1
+    else:
+        first = tl.load(query_start_ptr + i)
+        length = tl.load(query_start_ptr + i + 1) - first
+    if part == 0:
+        seq_len = tl.where(live, start + length, 0)
+        tl.store(seq_lens_ptr + i, seq_len)
+        for begin in range(0, max_blocks, BLOCK):
+            at = begin + lanes
+            blocks = tl.load(source + at, mask=live & (at < max_blocks), other=0)
+            tl.store(block_table_ptr + i.to(tl.int64) * stride_to + at, blocks, mask=at < max_blocks)
+        if DECODE:
+            token = tl.load(last_tokens_ptr + row, mask=live, other=0)
+            block = tl.load(source + start // BLOCK_SIZE, mask=live, other=0)
+            slot = tl.where(live, block * BLOCK_SIZE + start % BLOCK_SIZE, -1)
+            tl.store(input_ids_ptr + i, token)
+            tl.store(positions_ptr + i, start.to(tl.int64))
+            tl.store(slots_ptr + i, slot)
+        elif tl.load(from_table_ptr + i) != 0:
+            tl.store(input_ids_ptr + first, tl.load(last_tokens_ptr + row))
+    else:
+        offset = (part - 1) * BLOCK + lanes
+        inside = offset < length
+        position = start + offset
+        block = tl.load(source + position // BLOCK_SIZE, mask=inside, other=0)
+        tl.store(positions_ptr + first + offset, position.to(tl.int64), mask=inside)
+        tl.store(slots_ptr + first + offset, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=inside)
+
+
+@triton.jit(do_not_specialize=["size", "advance"])
+def _store_kernel(
+    row_index_ptr,
+    sampled_ptr,
+    last_tokens_ptr,
+    computed_ptr,
+    size,
+    advance,
+    BLOCK: tl.constexpr,
+    ADVANCE: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(row_index_ptr + i, mask=i < size, other=-1).to(tl.int64)
+    live = row >= 0
+    tl.store(last_tokens_ptr + row, tl.load(sampled_ptr + i, mask=live, other=0), mask=live)
+    if ADVANCE:
+        tl.store(computed_ptr + row, tl.load(computed_ptr + row, mask=live, other=0) + advance, mask=live)
+
+
+def prepare_decode_triton(
+    row_index: Tensor,
+    last_tokens: Tensor,
+    block_tables: Tensor,
+    computed: Tensor,
+    block_size: int,
+    out: StepInputs,
+) -> None:
+    """`kubeinfer.kernels.batch_prep.prepare_decode` on CUDA tensors."""
+    _prepare_kernel[(row_index.shape[0], 1)](
+        row_index, row_index, row_index, last_tokens, block_tables, computed, out.input_ids, out.positions,
+        out.slot_mapping, out.seq_lens, out.block_table, block_tables.shape[1], block_tables.stride(0),
+        out.block_table.stride(0), BLOCK_SIZE=block_size, BLOCK=256, DECODE=True, num_warps=2,
+    )  # fmt: skip
+
+
+def prepare_mixed_triton(
+    row_index: Tensor,
+    query_start: Tensor,
+    from_table: Tensor,
+    last_tokens: Tensor,
+    block_tables: Tensor,
+    computed: Tensor,
+    block_size: int,
+    max_query_len: int,
+    out: StepInputs,
+) -> None:
+    """`kubeinfer.kernels.batch_prep.prepare_mixed` on CUDA tensors."""
+    _prepare_kernel[(row_index.shape[0], 1 + triton.cdiv(max_query_len, 256))](
+        row_index, query_start, from_table, last_tokens, block_tables, computed, out.input_ids, out.positions,
+        out.slot_mapping, out.seq_lens, out.block_table, block_tables.shape[1], block_tables.stride(0),
+        out.block_table.stride(0), BLOCK_SIZE=block_size, BLOCK=256, DECODE=False, num_warps=2,
+    )  # fmt: skip
+
+
+def store_sampled_triton(
+    row_index: Tensor, sampled: Tensor, last_tokens: Tensor, computed: Tensor | None, advance: int
+) -> None:
+    """`kubeinfer.kernels.batch_prep.store_sampled` on CUDA tensors."""
+    size = row_index.shape[0]
+    _store_kernel[(triton.cdiv(size, 256),)](
+        row_index, sampled, last_tokens, computed if computed is not None else row_index, size, advance,
+        BLOCK=256, ADVANCE=computed is not None, num_warps=4,
+    )  # fmt: skip

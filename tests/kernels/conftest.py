@@ -1,0 +1,29 @@
+"""The ``device`` fixture: every test runs the references on the CPU, and the Triton kernels where there is a GPU.
+
+With ``TRITON_INTERPRET=1`` the kernels run in Triton's interpreter on CPU tensors instead (slow, for development).
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU (make test-gpu)")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``cpu`` (references) or ``cuda`` (Triton kernels)."""
+    name: str = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        if not INTERPRET:
+            pytest.skip("no CUDA GPU")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        return "cpu"
+    return name

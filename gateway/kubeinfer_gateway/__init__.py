@@ -1,0 +1,1 @@
+"""One OpenAI-compatible address for all models of a cluster."""

@@ -151,7 +151,9 @@ class LLM:
             while remaining:
                 outputs = client.step().outputs
                 if not outputs and not client.has_unfinished_requests():
-                    raise KubeinferError(f"the engine has no work left, but {remaining} requests have not finished.")
+                    raise KubeinferError(
+                        f"the engine has no work left, but {remaining} requests have not finished."
+                    )
                 finished, aborts = process(outputs, 0.0)
                 if aborts:
                     client.abort_requests(aborts)

@@ -7,6 +7,7 @@ last taken. This runs for every token of every request, so the common case does 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 from kubeinfer.engine.messages import EngineOutput, TokenLogprobs
@@ -40,6 +41,7 @@ class SampleState:
         "finish_reason",
         "has_news",
         "index",
+        "last_token_time",
         "logprobs",
         "new_ids",
         "new_logprobs",
@@ -62,6 +64,7 @@ class SampleState:
         wants_logprobs = request.params.logprobs is not None
         self.logprobs: list[dict[int, Logprob]] | None = [] if wants_logprobs else None
         self.cumulative_logprob: float | None = 0.0 if wants_logprobs else None
+        self.last_token_time = 0.0
         # Since the last take(), for streaming.
         self.has_news = False
         self.new_ids: list[int] = []
@@ -132,7 +135,7 @@ class RequestState:
         self.scheduled_time = 0.0
         self.first_token_time = 0.0
         self.last_token_time = 0.0
-        self.inter_token_times: list[float] = []
+        self.inter_token_times = array("d")
 
     @property
     def finished(self) -> bool:
@@ -193,6 +196,7 @@ class OutputProcessor:
         for sample in state.samples:
             if sample.engine_id in self._samples:
                 raise ValueError(f"request id {sample.engine_id!r} is in flight already")
+        for sample in state.samples:
             if params.detokenize and self._tokenizer is not None and (self._streaming or params.stop):
                 sample.detokenizer = Detokenizer(self._tokenizer, state.prompt_token_ids, params)
             self._samples[sample.engine_id] = sample
@@ -281,14 +285,14 @@ class OutputProcessor:
         sample.has_news = True
         if used:
             request.num_output_tokens += used
-            if request.last_token_time:
-                if request.unfinished == 1 and len(request.samples) == 1:
-                    request.inter_token_times.append(now - request.last_token_time)
+            if sample.last_token_time:
+                request.inter_token_times.append(now - sample.last_token_time)
             else:
-                request.first_token_time = now
-                request.scheduled_time = out.scheduled_time or now
+                if not request.first_token_time:
+                    request.first_token_time = now
+                    request.scheduled_time = out.scheduled_time or now
                 self._first_output(request, out)
-            request.last_token_time = now
+            sample.last_token_time = request.last_token_time = now
         if out.logprobs is not None and sample.logprobs is not None:
             self._add_logprobs(sample, sample.new_logprobs, out.logprobs[:used])
         if detokenizer is not None and detokenizer.stop_string is not None:

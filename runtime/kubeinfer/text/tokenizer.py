@@ -176,10 +176,10 @@ def _resolve(name: str, options: EngineOptions) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    from kubeinfer.weights.download import resolve_model_path
+    from kubeinfer.weights.locate import resolve_model_path
 
-    return Path(
-        resolve_model_path(name, revision=options.tokenizer_revision, download_dir=options.download_dir)
+    return resolve_model_path(
+        name, revision=options.tokenizer_revision, download_dir=options.download_dir, weights=False
     )
 
 

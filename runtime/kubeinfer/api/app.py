@@ -1,0 +1,73 @@
+"""The application: routers, error answers, CORS."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from kubeinfer import __version__
+from kubeinfer.api import chat, completions, health, legacy, models, page, tokenization, unsupported
+from kubeinfer.api.errors import ApiError
+from kubeinfer.api.middleware import Gate
+from kubeinfer.api.responses import error_response
+from kubeinfer.api.state import ServerState
+from kubeinfer.errors import KubeinferError
+
+
+async def _http_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    headers = dict(exc.headers or {})
+    if exc.status_code == 404:
+        error = ApiError(404, f"There is no {what} here.", code="not_found", headers=headers)
+    elif exc.status_code == 405:
+        allowed = headers.get("Allow", headers.get("allow", ""))
+        error = ApiError(
+            405,
+            f"{what} is not allowed; use {allowed or 'another method'}.",
+            code="method_not_allowed",
+            headers=headers,
+        )
+    else:
+        error = ApiError(exc.status_code, str(exc.detail), headers=headers)
+    return error_response(error)
+
+
+async def _own_error(request: Request, exc: Exception) -> Response:
+    from kubeinfer.api.errors import as_api_error
+
+    return error_response(as_api_error(exc))
+
+
+def build_app(state: ServerState, *, legacy_only: bool = False) -> ASGIApp:
+    """The ASGI application over ``state``. ``legacy_only`` leaves just ``/generate`` and the probes."""
+    options = state.options
+    root_path = options.root_path or ""
+    app = FastAPI(
+        title="kubeinfer",
+        version=__version__,
+        root_path=root_path,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        exception_handlers={HTTPException: _http_error, ApiError: _own_error, KubeinferError: _own_error},
+    )
+    app.state.server = state
+    routers = [health.router, legacy.router]
+    if not legacy_only:
+        routers += [completions.router, chat.router, models.router, tokenization.router, unsupported.router]
+        if not options.disable_chat_page:
+            routers.append(page.router)
+    for router in routers:
+        app.include_router(router)
+    gate = Gate(app, state, root_path)
+    return CORSMiddleware(
+        gate,
+        allow_origins=options.allowed_origins,
+        allow_methods=options.allowed_methods,
+        allow_headers=options.allowed_headers,
+        allow_credentials=options.allow_credentials,
+        expose_headers=["x-request-id", "retry-after"],
+    )

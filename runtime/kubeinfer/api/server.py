@@ -1,0 +1,322 @@
+"""The server's process: port, engine, HTTP, signals, and an exit code that says how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import uvicorn
+
+from kubeinfer import logs
+from kubeinfer.api.app import build_app
+from kubeinfer.api.observe import attach_metrics
+from kubeinfer.api.state import Engine, ServerState
+from kubeinfer.errors import KubeinferError, OptionError
+from kubeinfer.options import ServeOptions
+from kubeinfer.text.chat_template import ChatTemplate, read_chat_template
+
+EngineFactory = Callable[[ServeOptions], Engine]
+
+_logger = logging.getLogger("kubeinfer.server")
+_FLUSH_SECONDS = 3.0  # for aborted streams to reach their clients
+_DEATH_GRACE = 1.0  # in which /health says 503 and streams get their error, before the process exits
+
+
+def default_engine(options: ServeOptions) -> Engine:
+    from kubeinfer.async_llm import AsyncLLM
+
+    return AsyncLLM(options)
+
+
+def run_server(
+    options: ServeOptions, make_engine: EngineFactory = default_engine, *, legacy_only: bool = False
+) -> int:
+    """Serve until told to stop; the process's exit code. The port is taken before the model is loaded."""
+    logs.set_up(options.log_format)
+    logging.getLogger("uvicorn").setLevel(options.uvicorn_log_level.upper().replace("TRACE", "DEBUG"))
+    try:
+        check_files(options)
+        listener = bind(options)
+    except OptionError as exc:
+        return _fail(str(exc))
+    with contextlib.closing(listener), _exit_on_signal():
+        started = time.monotonic()
+        try:
+            engine = make_engine(options)
+        except KubeinferError as exc:
+            return _fail(str(exc))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except Exception as exc:
+            _logger.debug("The engine did not start.", exc_info=exc)
+            return _fail(f"The engine did not start: {type(exc).__name__}: {exc}")
+        try:
+            server = ApiServer(options, engine, listener, legacy_only=legacy_only, started=started)
+        except KubeinferError as exc:
+            engine.shutdown()
+            return _fail(str(exc))
+        code = server.run()
+    if code != 0:
+        # nothing may be printed after the cause, whatever exit handlers there are
+        _fail(f"The engine has stopped: {engine.death_reason}")
+        _kill_children()
+        os._exit(code)
+    return code
+
+
+def _fail(message: str) -> int:
+    logging.shutdown()
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+def check_files(options: ServeOptions) -> None:
+    """Raise :class:`OptionError` for a file option whose file is not there, before the model takes its time."""
+    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+        value = getattr(options, name)
+        if value is not None and not Path(value).is_file():
+            raise OptionError(f"{name}: there is no file {value!r}.", name)
+    if (options.ssl_keyfile is None) != (options.ssl_certfile is None):
+        raise OptionError("ssl_keyfile and ssl_certfile are needed together.", "ssl_keyfile")
+    if options.chat_template is not None:
+        read_chat_template(options.chat_template)
+
+
+def bind(options: ServeOptions) -> socket.socket:
+    """The listening address, taken but not yet listening. Raises :class:`OptionError` saying what is in the way."""
+    host = options.host or ""
+    try:
+        infos = socket.getaddrinfo(
+            host or None, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as exc:
+        raise OptionError(
+            f"host: {host!r} is not an address of this machine ({exc.strerror}).", "host"
+        ) from None
+    # with no host given, one IPv6 socket that takes IPv4 too where the machine has IPv6
+    infos.sort(key=lambda info: info[0] != socket.AF_INET6 if not host else 0)
+    error: OSError | None = None
+    for family, kind, protocol, _, address in infos:
+        try:
+            listener = socket.socket(family, kind, protocol)
+        except OSError as exc:
+            error = error or exc
+            continue
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1 if host else 0)
+        try:
+            listener.bind(address)
+            return listener
+        except OSError as exc:
+            listener.close()
+            if exc.errno == errno.EADDRINUSE:
+                raise OptionError(
+                    f"port: {options.port} is in use on {host or 'this machine'}; choose another with --port.",
+                    "port",
+                ) from None
+            if exc.errno == errno.EACCES:
+                raise OptionError(
+                    f"port: {options.port} needs a privilege that this process does not have; choose one from 1024 on.",
+                    "port",
+                ) from None
+            error = exc
+    raise OptionError(f"host: cannot listen on {host!r}: {error}.", "host")
+
+
+@contextlib.contextmanager
+def _exit_on_signal() -> Iterator[None]:
+    """While the model loads, SIGTERM unwinds this process, so that the engine's own processes go with it."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread: signals are its caller's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _kill_children() -> None:
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are ours
+
+
+class ApiServer:
+    """HTTP over one engine, from ready to gone. Its address is the bound ``listener``'s."""
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        engine: Engine,
+        listener: socket.socket,
+        *,
+        legacy_only: bool = False,
+        started: float | None = None,
+    ):
+        self.options = options
+        self.engine = engine
+        self.listener = listener
+        self.started = started
+        chat = ChatTemplate.for_tokenizer(
+            engine.tokenizer, options.chat_template, options.chat_template_content_format
+        )
+        metrics = attach_metrics(engine, (options.served_model_name or [options.model])[0])
+        self.state = ServerState(engine, options, metrics, chat)
+        self.uvicorn = _Uvicorn(
+            uvicorn.Config(
+                build_app(self.state, legacy_only=legacy_only),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                interface="asgi3",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_keep_alive=75,  # longer than a proxy keeps an idle connection
+                timeout_graceful_shutdown=5,
+                ssl_keyfile=options.ssl_keyfile,
+                ssl_certfile=options.ssl_certfile,
+                ssl_ca_certs=options.ssl_ca_certs,
+                ssl_cert_reqs=2 if options.ssl_ca_certs else 0,
+                root_path=options.root_path or "",
+            )
+        )
+        self._signals = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def run(self) -> int:
+        """Serve; 0 after a signal's orderly end, 1 when the engine died."""
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(self.serve())
+
+    async def serve(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
+                loop.add_signal_handler(number, self._on_signal, number)
+        for work in (self._announce(), self._watch_engine(), self._log_stats()):
+            self._spawn(work)
+        try:
+            await self.uvicorn.serve(sockets=[self.listener])
+        finally:
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            dead = self.engine.death_reason is not None
+            self.engine.shutdown()
+        return 1 if dead else 0
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _on_signal(self, number: int) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            _logger.warning("Second signal: leaving at once.")
+            _kill_children()
+            os._exit(128 + number)
+        self._spawn(self.drain())
+
+    async def drain(self) -> None:
+        """Refuse new requests, let running ones finish up to the deadline, abort the rest, and stop."""
+        state = self.state
+        state.draining = True
+        if state.in_flight:
+            _logger.info(
+                "Shutting down: %d requests in flight have %g s to finish.",
+                state.in_flight,
+                self.options.shutdown_timeout,
+            )
+        if not await self._idle(self.options.shutdown_timeout):
+            _logger.warning("Aborting %d requests that are still in flight.", state.in_flight)
+            await self.engine.abort_all()
+            await self._idle(_FLUSH_SECONDS)
+        self.uvicorn.should_exit = True
+
+    async def _idle(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.state.in_flight:
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    async def _watch_engine(self) -> None:
+        while self.engine.death_reason is None:
+            await asyncio.sleep(0.1)
+        _logger.error("The engine has stopped: %s", self.engine.death_reason)
+        await asyncio.sleep(_DEATH_GRACE)
+        await self._idle(_FLUSH_SECONDS)
+        self.uvicorn.should_exit = True
+
+    async def _log_stats(self) -> None:
+        line = logs.StatsLine()
+        while not self.options.disable_log_stats:
+            await asyncio.sleep(logs.LOG_INTERVAL)
+            found = line.next(self.engine.stats)
+            if found is not None:
+                _logger.info(found[0], extra={"fields": found[1]})
+
+    async def _announce(self) -> None:
+        while not self.uvicorn.started:
+            await asyncio.sleep(0.005)
+        took = f" after {time.monotonic() - self.started:.1f} s" if self.started is not None else ""
+        base = self.base_url()
+        _logger.info("Ready%s: %s serves %s", took, base, ", ".join(self.state.served_names))
+        print(self.greeting(base), flush=True)
+
+    def base_url(self) -> str:
+        """The address as a person on this machine would type it."""
+        host, port = self.listener.getsockname()[:2]
+        if host in ("0.0.0.0", "::", ""):
+            host = "localhost"
+        elif ":" in host:
+            host = f"[{host}]"
+        scheme = "https" if self.options.ssl_certfile else "http"
+        return f"{scheme}://{host}:{port}{(self.options.root_path or '').rstrip('/')}"
+
+    def greeting(self, base: str) -> str:
+        """What to try first."""
+        import json
+
+        body = {"model": self.state.model_name, "messages": [{"role": "user", "content": "Hello!"}]}
+        key = " -H 'Authorization: Bearer KEY'" if self.options.api_key else ""
+        data = json.dumps(body, ensure_ascii=False).replace("'", "'\\''")
+        lines = ["", f"Listening on {base}"]
+        lines += [
+            "Try:",
+            f"  curl {base}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{data}'",
+        ]
+        if not self.options.disable_chat_page:
+            lines.append(f"Chat page: {base}/")
+        return "\n".join(lines) + "\n"

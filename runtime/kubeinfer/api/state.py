@@ -1,0 +1,150 @@
+"""What the routers share: the engine, the options, the served names, and whether new requests are taken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
+
+from starlette.requests import Request
+
+from kubeinfer.api.errors import ApiError
+from kubeinfer.engine.messages import EngineStats
+from kubeinfer.errors import RequestError
+from kubeinfer.metrics import Metrics
+from kubeinfer.options import ServeOptions
+from kubeinfer.outputs import RequestOutput
+from kubeinfer.sampling_params import SamplingParams
+from kubeinfer.text.chat_template import ChatTemplate
+from kubeinfer.text.tokenizer import Tokenizer
+
+_logger = logging.getLogger("kubeinfer.api")
+
+_LONG_TEXT = 4096  # characters
+
+
+class Engine(Protocol):
+    """What the API needs of an engine; :class:`kubeinfer.async_llm.AsyncLLM` is the real one."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def model_config(self) -> Any: ...
+
+    @property
+    def default_sampling_params(self) -> dict[str, Any]: ...
+
+    @property
+    def stats(self) -> EngineStats | None: ...
+
+    @property
+    def num_unfinished(self) -> int: ...
+
+    @property
+    def death_reason(self) -> str | None: ...
+
+    def generate(
+        self,
+        prompt: str | list[int] | dict[str, Any],
+        params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]: ...
+
+    async def abort_all(self) -> None: ...
+
+    def shutdown(self) -> None: ...
+
+
+class ServerState:
+    """One a server. ``in_flight`` counts requests that generate, from their first byte in to their last out."""
+
+    def __init__(self, engine: Engine, options: ServeOptions, metrics: Metrics, chat: ChatTemplate):
+        self.engine = engine
+        self.options = options
+        self.metrics = metrics
+        self.chat = chat
+        self.served_names = options.served_model_name or [options.model]
+        self.created = int(time.time())
+        self.draining = False
+        self.in_flight = 0
+        self._sequence = 0
+
+    @property
+    def model_name(self) -> str:
+        """The name shown in answers."""
+        return self.served_names[0]
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self.engine.model_config.max_model_len)
+
+    def refusal(self) -> ApiError | None:
+        """Why no request can be taken now, or None."""
+        reason = self.engine.death_reason
+        if reason is not None:
+            return ApiError(
+                503, f"The engine has stopped: {reason}", code="engine_dead", headers={"retry-after": "10"}
+            )
+        if self.draining:
+            return ApiError(
+                503, "The server is shutting down.", code="shutting_down", headers={"retry-after": "5"}
+            )
+        return None
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with. An unknown name is a 404 that lists the known ones."""
+        if name is None or name == "":
+            return self.model_name
+        if name not in self.served_names:
+            known = ", ".join(f"'{known}'" for known in self.served_names)
+            raise ApiError(
+                404,
+                f"The model '{name}' does not exist; this server has {known}.",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of ``text``; a long one is encoded in a thread, so that streams go on meanwhile."""
+        encode = self.engine.tokenizer.encode
+        try:
+            if len(text) > _LONG_TEXT:
+                return await asyncio.to_thread(encode, text, add_special_tokens)
+            return encode(text, add_special_tokens)
+        except UnicodeEncodeError:
+            raise RequestError("prompt holds a lone surrogate, which is no text.", "prompt") from None
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ``ids``, special tokens included."""
+        return self.engine.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def text_of(self, prompt: str | list[int]) -> str:
+        """A prompt as text."""
+        return prompt if isinstance(prompt, str) else self.decode(prompt)
+
+    def token_strings(self, ids: list[int]) -> list[str]:
+        """Each token as the vocabulary spells it."""
+        return [self.engine.tokenizer.id_to_token(token_id) or "" for token_id in ids]
+
+    def log_request(self, request_id: str, params: SamplingParams, prompts: int) -> None:
+        """One line a request, where ``--enable-log-requests`` asks for it."""
+        if self.options.enable_log_requests:
+            _logger.info("Request %s: %d prompt(s), %s", request_id, prompts, params)
+
+    def unique(self, request_id: str) -> str:
+        """An id for the engine: unique even where two clients send the same ``x-request-id``."""
+        self._sequence += 1
+        return f"{request_id}-{self._sequence}"
+
+
+def state_of(request: Request) -> ServerState:
+    state = request.app.state.server
+    assert isinstance(state, ServerState)
+    return state

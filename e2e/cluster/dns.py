@@ -80,10 +80,19 @@ def reply(query: bytes) -> bytes:
     (kind,) = struct.unpack_from(">H", query, at + 1)
     found = addresses(".".join(labels))
     records = [
-        struct.pack(">HHHIH", 0xC00C, A, 1, TTL_S, 4) + socket.inet_aton(ip) for ip in found or [] if kind in (A, 255)
+        struct.pack(">HHHIH", 0xC00C, A, 1, TTL_S, 4) + socket.inet_aton(ip)
+        for ip in found or []
+        if kind in (A, 255)
     ]
-    flags = 0x8480 | (query[2] & 1) << 8 | (3 if found is None else 0)  # an answer, authoritative; 3: no such name
-    return query[:2] + struct.pack(">HHHHH", flags, 1, len(records), 0, 0) + query[12 : at + 5] + b"".join(records)
+    flags = (
+        0x8480 | (query[2] & 1) << 8 | (3 if found is None else 0)
+    )  # an answer, authoritative; 3: no such name
+    return (
+        query[:2]
+        + struct.pack(">HHHHH", flags, 1, len(records), 0, 0)
+        + query[12 : at + 5]
+        + b"".join(records)
+    )
 
 
 class Datagram(socketserver.BaseRequestHandler):

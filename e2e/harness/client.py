@@ -1,0 +1,121 @@
+"""The client's pod: it talks to the gateway from inside the cluster, so that the tests run the same on any cluster."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+from types import TracebackType
+from typing import Any
+
+from .kube import Kube, poll, ready
+
+LOAD = pathlib.Path(__file__).with_name("load.py")
+
+REQUEST = """
+import json, sys, urllib.request, urllib.error
+call = json.load(sys.stdin)
+data = None if call["body"] is None else json.dumps(call["body"]).encode()
+request = urllib.request.Request(call["url"], data, {"Content-Type": "application/json", **call["headers"]}, method=call["method"])
+try:
+    response = urllib.request.urlopen(request, timeout=call["timeout"])
+except urllib.error.HTTPError as error:
+    response = error
+except OSError as error:
+    print(json.dumps({"status": 0, "headers": {}, "text": str(error)}))
+    sys.exit()
+print(json.dumps({"status": response.status, "headers": {k.lower(): v for k, v in response.headers.items()},
+                  "text": response.read().decode(errors="replace")}))
+"""
+
+
+class Load:
+    """A running load. Leave the `with` block to stop it; then `report` holds its figures."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.report: dict[str, Any] = {}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.finish()
+
+    def finish(self, timeout: float = 330.0) -> dict[str, Any]:
+        """Stop, wait for the streams in flight, and give the figures."""
+        if not self.report:
+            out, err = self._process.communicate(timeout=timeout)
+            if not out.strip():
+                raise RuntimeError(f"the load printed no report: {err[-2000:]}")
+            self.report = json.loads(out.strip().splitlines()[-1])
+        return self.report
+
+
+class Client:
+    """Requests to the gateway at `url` from a pod."""
+
+    def __init__(self, kube: Kube, image: str, url: str) -> None:
+        self.kube = kube
+        self.image = image
+        self.url = url
+
+    def start(self) -> None:
+        self.kube.apply(
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "client"}, "data": {"load.py": LOAD.read_text()}},
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": "client"},
+                "spec": {
+                    "terminationGracePeriodSeconds": 0,
+                    "containers": [
+                        {
+                            "name": "client",
+                            "image": self.image,
+                            "imagePullPolicy": "IfNotPresent",
+                            "command": ["sleep", "infinity"],
+                            "volumeMounts": [{"name": "source", "mountPath": "/source"}],
+                        }
+                    ],
+                    "volumes": [{"name": "source", "configMap": {"name": "client"}}],
+                },
+            },
+        )
+        poll("the client's pod is ready", lambda: (pod := self.kube.get("pod", "client")) and ready(pod), 60)
+
+    def call(
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        method: str | None = None,
+        headers: dict[str, str] | None = None,
+        url: str | None = None,
+        timeout: float = 60.0,
+    ) -> dict[str, Any]:
+        """One request. Returns status (0: no answer), headers (lower case) and text."""
+        call = {
+            "url": (url or self.url) + path,
+            "body": body,
+            "headers": headers or {},
+            "method": method or ("GET" if body is None else "POST"),
+            "timeout": timeout,
+        }
+        command = ("exec", "-i", "client", "--", "python", "-c", REQUEST)
+        answer: dict[str, Any] = json.loads(self.kube.run(*command, input=json.dumps(call), timeout=timeout + 30))
+        return answer
+
+    def chat(self, model: str, prompt: str = "Say hello.", **fields: Any) -> dict[str, Any]:
+        """One chat completion, not streamed."""
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": 8, **fields}
+        return self.call("/v1/chat/completions", body)
+
+    def load(self, model: str, *flags: str, streams: int = 2, tokens: int = 32) -> Load:
+        """Start a load of streams; see load.py."""
+        kubectl = ["kubectl", "-n", self.kube.namespace, "exec", "-i", "client", "--", "python", "/source/load.py"]
+        return Load(
+            [*kubectl, "--url", self.url, "--model", model, "--streams", str(streams), "--tokens", str(tokens), *flags]
+        )

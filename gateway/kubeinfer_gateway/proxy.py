@@ -366,10 +366,18 @@ class Proxy:
             next_comment = begin + keepalive if keepalive else deadline
             while True:
                 now = loop.time()
+                note = f" ({model.spec.note})" if model.spec.note else ""
+                if model.spec.suspended:
+                    raise GatewayError(
+                        503,
+                        f"The model '{exchange.model_name}' is suspended.",
+                        code="model_suspended",
+                        retry_after=60,
+                    )
                 if now >= deadline:
                     raise GatewayError(
                         503,
-                        f"The model '{exchange.model_name}' had no ready replica within {options.queue_timeout:g} s.",
+                        f"The model '{exchange.model_name}' had no ready replica within {options.queue_timeout:g} s{note}.",
                         code="model_not_ready",
                         retry_after=10,
                     )

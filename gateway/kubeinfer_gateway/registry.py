@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from kubeinfer_gateway.errors import GatewayError
 from kubeinfer_gateway.routing import Ring, choose_by_key, choose_least_loaded
@@ -34,12 +35,17 @@ class EndpointSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model as discovery sees it. `key` is "namespace/name"; `created` is in seconds since 1970."""
+    """One model as discovery sees it. `key` is "namespace/name"; `created` is in seconds since 1970.
+
+    `note` says how the model is doing, for the errors of those who wait for it.
+    """
 
     key: str
     served_names: tuple[str, ...]
     created: float
     endpoints: tuple[EndpointSpec, ...] = ()
+    suspended: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Endpoint:
     """A runtime that takes requests now, and what this gateway has seen of it."""
 
     __slots__ = (
+        "__weakref__",
         "draining_until",
         "ejected_until",
         "ejections",
@@ -98,6 +105,8 @@ class Model:
         self.policy = policy
         self.endpoints: dict[str, Endpoint] = {}
         self.ring: Ring[Endpoint] = Ring()
+        # Those that left with requests in flight are known again when they come back (readiness may flap).
+        self._known: WeakValueDictionary[str, Endpoint] = WeakValueDictionary()
         self.waiting = 0
         self._waiters: set[asyncio.Future[None]] = set()
         self.inflight = 0
@@ -117,9 +126,13 @@ class Model:
                 leaving.gone = True
                 leaving.close_idle()
             for name in wanted.keys() - self.endpoints.keys():
-                self.endpoints[name] = Endpoint(wanted[name])
+                endpoint = self._known.get(name)
+                if endpoint is None:
+                    endpoint = self._known[name] = Endpoint(wanted[name])
+                endpoint.gone = False
+                self.endpoints[name] = endpoint
             self.ring = Ring(self.endpoints.values())
-        if self.endpoints:
+        if self.endpoints or spec.suspended:
             self.wake()
 
     def wake(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 import uvloop
+
 from gateway.fake_runtime import FakeRuntime
 from kubeinfer_gateway.discovery import Discovery
 from kubeinfer_gateway.options import GatewayOptions
@@ -45,9 +46,11 @@ class Bench:
         self.stack.push_async_callback(runtime.stop)
         return runtime
 
-    async def start(self, **settings: Any) -> Gateway:
-        options = GatewayOptions(**{"host": "127.0.0.1", "port": 0, "internal_port": 0, "access_log": False} | settings)
-        if options.discovery == "static":
+    async def start(self, *, kubernetes: bool = False, **settings: Any) -> Gateway:
+        options = GatewayOptions(
+            **{"host": "127.0.0.1", "port": 0, "internal_port": 0, "access_log": False} | settings
+        )
+        if kubernetes or options.discovery == "static":
             self.gateway = Gateway(options)
         else:
             discovery = ManualDiscovery()
@@ -57,11 +60,15 @@ class Bench:
         await self.gateway.start()
         self.stack.push_async_callback(self.gateway.stop, 0, 1)
         self.client = await self.stack.enter_async_context(
-            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=60))
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=60)
+            )
         )
         return self.gateway
 
-    def serve(self, name: str, *runtimes: FakeRuntime, created: float = 1.0, names: tuple[str, ...] = ()) -> None:
+    def serve(
+        self, name: str, *runtimes: FakeRuntime, created: float = 1.0, names: tuple[str, ...] = ()
+    ) -> None:
         endpoints = tuple(EndpointSpec(f"{r.name}:{r.port}", "127.0.0.1", r.port) for r in runtimes)
         key = name if "/" in name else f"default/{name}"
         self.gateway.registry.put(ModelSpec(key, names or (name,), created, endpoints))
@@ -74,7 +81,9 @@ class Bench:
     def internal(self) -> str:
         return f"http://127.0.0.1:{self.gateway.internal_port}"
 
-    def chat(self, model: str = "m", text: str = "hello", headers: dict[str, str] | None = None, **body: Any) -> Any:
+    def chat(
+        self, model: str = "m", text: str = "hello", headers: dict[str, str] | None = None, **body: Any
+    ) -> Any:
         request = {"model": model, "messages": [{"role": "user", "content": text}], **body}
         return self.client.post(self.url + "/v1/chat/completions", json=request, headers=headers)
 

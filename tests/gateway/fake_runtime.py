@@ -63,7 +63,9 @@ class FakeRuntime:
                 return await self._stream(request, body)
             usage = {"prompt_tokens": 7, "completion_tokens": self.tokens, "total_tokens": 7 + self.tokens}
             choices = [{"index": 0, "message": {"role": "assistant", "content": f"from {self.name}"}}]
-            return web.json_response({"id": "x", "model": body.get("model"), "choices": choices, "usage": usage})
+            return web.json_response(
+                {"id": "x", "model": body.get("model"), "choices": choices, "usage": usage}
+            )
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -80,14 +82,20 @@ class FakeRuntime:
                 request.transport.abort()
                 await asyncio.sleep(1)
             text = f"{self.name}-{index} " + "x" * self.token_size
-            event = {"id": "x", "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": text}}]}
+            event = {
+                "id": "x",
+                "object": "chat.completion.chunk",
+                "choices": [{"index": 0, "delta": {"content": text}}],
+            }
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             self.sent += 1
             if self.pause:
                 await asyncio.sleep(self.pause)
         if (body.get("stream_options") or {}).get("include_usage"):
             usage = {"prompt_tokens": 7, "completion_tokens": self.tokens, "total_tokens": 7 + self.tokens}
-            await response.write(b"data: " + json.dumps({"id": "x", "choices": [], "usage": usage}).encode() + b"\n\n")
+            await response.write(
+                b"data: " + json.dumps({"id": "x", "choices": [], "usage": usage}).encode() + b"\n\n"
+            )
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response

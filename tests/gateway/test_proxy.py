@@ -14,7 +14,9 @@ async def test_streams_bytes_through(bench: Any) -> None:
         assert response.status == 200
         assert response.headers["content-type"].startswith("text/event-stream")
         through = await response.read()
-    async with bench.client.post(runtime.url + "/v1/chat/completions", data=runtime.requests[0]["body"]) as response:
+    async with bench.client.post(
+        runtime.url + "/v1/chat/completions", data=runtime.requests[0]["body"]
+    ) as response:
         direct = await response.read()
     assert through == direct
     assert through.endswith(b"data: [DONE]\n\n")

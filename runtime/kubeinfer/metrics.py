@@ -115,7 +115,6 @@ class Metrics(Collector):
     def observe_request(
         self,
         *,
-        finish_reason: str,
         prompt_tokens: int,
         generation_tokens: int,
         arrival: float,
@@ -125,7 +124,6 @@ class Metrics(Collector):
         n: int = 1,
     ) -> None:
         """Count one finished request. Times are of one clock, in seconds; 0 for what never came."""
-        self.finished[finish_reason] = self.finished.get(finish_reason, 0) + 1
         self.e2e_latency.observe(max(finished - arrival, 0.0))
         self.prompt_length.observe(prompt_tokens)
         self.generation_length.observe(generation_tokens)

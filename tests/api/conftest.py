@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from api.running import Running, running
-from api.scripted import ScriptedEngine
+from api.scripted import scripted_engine
 from fixtures.tiny_models import tiny_model
 
 
@@ -19,7 +19,7 @@ def folder() -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Running]:
     """One server a module, whose engine writes a known text at once."""
-    with running(ScriptedEngine(folder), served_model_name=["scripted", "second:name"]) as result:
+    with running(scripted_engine(folder), served_model_name=["scripted", "second:name"]) as result:
         yield result
 
 

@@ -25,6 +25,11 @@ class Running:
         self.exit_code: int | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
 
+    @property
+    def core(self) -> Any:
+        """The scripted client under the engine."""
+        return self.engine._client
+
     def wait_until(self, what: Any, seconds: float = 10.0) -> None:
         deadline = time.monotonic() + seconds
         while not what():

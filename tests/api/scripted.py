@@ -1,127 +1,129 @@
-"""An engine that writes a known text at a known pace, behind the interface that the server uses.
-
-Prompts are checked and tokenized by the real text layer; only the model is left out.
-"""
+"""An engine core that writes a known text at a known pace; all above it (text layer, streams, server) is real."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from kubeinfer.engine.messages import EngineStats
+from kubeinfer.async_llm import AsyncLLM
+from kubeinfer.engine.client import AsyncEngineClient
+from kubeinfer.engine.messages import (
+    EngineInfo,
+    EngineOutput,
+    EngineOutputs,
+    EngineRequest,
+    EngineStats,
+    TokenLogprobs,
+)
 from kubeinfer.errors import EngineDeadError
-from kubeinfer.outputs import CompletionOutput, Logprob, RequestOutput
-from kubeinfer.sampling_params import SamplingParams
-from kubeinfer.text.detokenizer import Detokenizer
-from kubeinfer.text.input_processor import InputProcessor
+from kubeinfer.options import EngineOptions
 from kubeinfer.text.tokenizer import from_folder
 
 TEXT = " The quick brown fox jumps over the lazy dog. 你好，世界。" * 40
 
 
-class ScriptedEngine:
-    def __init__(self, folder: Path, *, delay: float = 0.0, max_model_len: int = 512, **defaults: Any):
-        self.tokenizer = from_folder(folder)
+class ScriptedClient(AsyncEngineClient):
+    """Each step gives every request the next token of :data:`TEXT`; ``delay`` seconds lie between two steps."""
+
+    def __init__(self, folder: Path, *, delay: float = 0.0, max_model_len: int = 512):
+        tokenizer = from_folder(folder)
         self.delay = delay
-        self.model_config = SimpleNamespace(
-            path=str(folder), max_model_len=max_model_len, vocab_size=self.tokenizer.vocab_size
-        )
-        self.default_sampling_params: dict[str, Any] = defaults
-        self.stats = EngineStats()
-        self.death_reason: str | None = None
-        self.live: set[str] = set()
-        self.ended: list[str] = []
-        self.params: list[SamplingParams] = []
+        self.info = EngineInfo(
+            max_model_len=max_model_len, num_blocks=64, block_size=16, vocab_size=tokenizer.vocab_size, device="cpu",
+            dtype="float32", weight_bytes=1, kv_cache_bytes=1, max_num_seqs=64,
+        )  # fmt: skip
+        self.script = tokenizer.encode(TEXT, add_special_tokens=False)
+        self.live: dict[str, tuple[EngineRequest, int]] = {}
+        self.requests: list[EngineRequest] = []
+        self.aborted: list[str] = []
+        self.steps = 0
         self.closed = False
-        self._script = self.tokenizer.encode(TEXT, add_special_tokens=False)
-        self._stop = asyncio.Event()
-        self._input = InputProcessor(
-            self.tokenizer, max_model_len=max_model_len, vocab_size=self.tokenizer.vocab_size
-        )
+        self._reason: str | None = None
+        self._stats = EngineStats()
+        self._wake = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def die(self, reason: str) -> None:
+        """From any thread."""
+        self._reason = reason
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._wake.set)
 
     @property
-    def num_unfinished(self) -> int:
-        return len(self.live)
+    def death_reason(self) -> str | None:
+        return self._reason
 
-    async def generate(
-        self,
-        prompt: Any,
-        params: SamplingParams,
-        request_id: str,
-        *,
-        priority: int = 0,
-        cache_salt: str | None = None,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        request = self._input.process(prompt, params, request_id, priority=priority, cache_salt=cache_salt)
-        self.params.append(params)
-        self.live.add(request_id)
-        ids = request.prompt_token_ids
-        try:
-            texts = [Detokenizer(self.tokenizer, ids, params) for _ in range(params.n)]
-            stopped: set[int] = set()
-            for step in range(request.engine_requests[0].max_tokens):
-                await asyncio.sleep(self.delay)
-                if self.death_reason is not None:
-                    raise EngineDeadError(self.death_reason)
-                outputs = []
-                token = self._script[step % len(self._script)]
-                last = step == request.engine_requests[0].max_tokens - 1
-                for index, detokenizer in enumerate(texts):
-                    if index in stopped:
-                        continue
-                    if last:
-                        text, _ = detokenizer.finish([token], False)
-                    else:
-                        text, _ = detokenizer.push([token])
-                    output = CompletionOutput(index, text, [token])
-                    if params.logprobs is not None:
-                        output.logprobs = [
-                            {
-                                token: Logprob(-0.5, 1, self.tokenizer.piece(token)),
-                                7: Logprob(-1.5, 2, self.tokenizer.piece(7)),
-                            }
-                        ]
-                    if detokenizer.stop_string is not None:
-                        output.finish_reason, output.stop_reason = "stop", detokenizer.stop_string
-                    elif self._stop.is_set():
-                        output.finish_reason = "abort"
-                    elif last:
-                        output.finish_reason = "length"
-                    if output.finish_reason:
-                        stopped.add(index)
-                    outputs.append(output)
-                result = RequestOutput(request_id, request.prompt, [], outputs)
-                result.finished = len(stopped) == params.n
-                if step == 0:
-                    result.prompt_token_ids = ids
-                    result.num_cached_tokens = 1
-                    if params.prompt_logprobs is not None:
-                        result.prompt_logprobs = [
-                            None,
-                            *({i: Logprob(-0.25, 1, self.tokenizer.piece(i))} for i in ids[1:]),
-                        ]
-                self.stats = advanced(self.stats, len(outputs), len(ids) if step == 0 else 0)
-                yield result
-                if result.finished:
-                    return
-        finally:
-            self.live.discard(request_id)
-            self.ended.append(request_id)
+    async def add_requests(self, requests: list[EngineRequest]) -> None:
+        for request in requests:
+            self.requests.append(request)
+            self.live[request.request_id] = (request, 0)
+        self._wake.set()
 
-    async def abort_all(self) -> None:
-        self._stop.set()
+    async def abort_requests(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self.aborted.append(request_id)
+            self.live.pop(request_id, None)
+
+    async def next_outputs(self) -> EngineOutputs:
+        self._loop = asyncio.get_running_loop()
+        while not self.live and self._reason is None:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), 0.5)
+        await asyncio.sleep(self.delay)
+        if self._reason is not None:
+            raise EngineDeadError(self._reason)
+        self.steps += 1
+        outputs = [self._advance(*entry) for entry in list(self.live.values())]
+        stats = self._stats
+        stats.num_running = len(self.live)
+        stats.num_steps += 1
+        stats.generation_tokens += len(outputs)
+        return EngineOutputs(outputs, stats)
+
+    def _advance(self, request: EngineRequest, position: int) -> EngineOutput:
+        token = self.script[position % len(self.script)]
+        output = EngineOutput(request.request_id, [token], num_cached_tokens=1)
+        params = request.params
+        if params.logprobs is not None:
+            output.logprobs = [_logprobs(token, -0.5)]
+        if position == 0:
+            self._stats.prompt_tokens += len(request.prompt_token_ids)
+            if params.prompt_logprobs is not None:
+                output.prompt_logprobs = [None, *(_logprobs(i, -0.25) for i in request.prompt_token_ids[1:])]
+        if position + 1 >= request.max_tokens:
+            output.finish_reason = "length"
+            del self.live[request.request_id]
+        else:
+            self.live[request.request_id] = (request, position + 1)
+        return output
+
+    async def reset_prefix_cache(self) -> None:
+        pass
 
     def shutdown(self) -> None:
         self.closed = True
 
 
-def advanced(stats: EngineStats, generated: int, prompt: int) -> EngineStats:
-    return EngineStats(
-        num_running=1,
-        generation_tokens=stats.generation_tokens + generated,
-        prompt_tokens=stats.prompt_tokens + prompt,
-        num_steps=stats.num_steps + 1,
+def _logprobs(token: int, value: float) -> TokenLogprobs:
+    other = 7 if token != 7 else 8
+    return TokenLogprobs([token, token, other], [value, value, -1.5], 1)
+
+
+def scripted_engine(
+    folder: Path,
+    *,
+    change: Callable[[AsyncLLM], None] | None = None,
+    max_waiting: int | None = None,
+    **client: Any,
+) -> AsyncLLM:
+    """A real :class:`AsyncLLM` over a :class:`ScriptedClient`."""
+    engine = AsyncLLM(
+        EngineOptions(model=str(folder)), ScriptedClient(folder, **client), max_waiting_requests=max_waiting
     )
+    if change is not None:
+        change(engine)
+    return engine

@@ -143,7 +143,7 @@ def test_every_sampling_field_reaches_the_engine(server: Running, client: httpx.
         "logit_bias": {"5": 1.5},
     }  # fmt: skip
     complete(client, prompt="Hello", **sampling)
-    params = server.engine.params[-1]
+    params = server.core.requests[-1].params
     for name, value in sampling.items():
         expected = {5: 1.5} if name == "logit_bias" else value
         assert getattr(params, name) == expected, name

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from kubeinfer.api.body import decode_body, read_body
-from kubeinfer.api.generation import Collection, collect, gone_response, request_id_of, stream
+from kubeinfer.api.generation import Collection, collect, gone_response, request_id_of, stream, submit
 from kubeinfer.api.logprobs import chat_logprobs, prompt_logprobs
 from kubeinfer.api.prompting import final_text, render_chat, response_role
 from kubeinfer.api.protocol import ChatCompletionRequest, refuse_unsupported, sampling_params
@@ -59,8 +59,8 @@ async def create_chat_completion(request: Request) -> Response:
     prompt = await render_chat(state, body)
     base_id = request_id_of(request, body.request_id)
     state.log_request(base_id, params, 1)
-    outputs = state.engine.generate(
-        prompt, params, state.unique(base_id), priority=body.priority or 0, cache_salt=body.cache_salt
+    outputs = await submit(
+        state, [prompt], params, base_id, priority=body.priority, cache_salt=body.cache_salt
     )
     role = response_role(state, body)
     echo = final_text(body) if body.echo else ""

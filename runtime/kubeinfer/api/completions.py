@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from kubeinfer.api.body import decode_body, read_body
-from kubeinfer.api.generation import Collection, collect, gone_response, merged, request_id_of, stream
+from kubeinfer.api.generation import Collection, collect, gone_response, request_id_of, stream, submit
 from kubeinfer.api.logprobs import CompletionLogprobs, prompt_logprobs
 from kubeinfer.api.protocol import CompletionRequest, refuse_unsupported, sampling_params
 from kubeinfer.api.responses import BytesResponse
@@ -75,19 +75,17 @@ async def create_completion(request: Request) -> Response:
     base_id = request_id_of(request, body.request_id)
     state.log_request(base_id, params, len(prompts))
     special = body.add_special_tokens is not False
-    streams = [
-        state.engine.generate(
-            prompt
-            if isinstance(prompt, list) or special
-            else {"prompt": prompt, "add_special_tokens": False},
-            params if len(prompts) == 1 else params.clone(),
-            state.unique(base_id),
-            priority=body.priority or 0,
-            cache_salt=body.cache_salt,
-        )
-        for prompt in prompts
-    ]
-    outputs = streams[0] if len(streams) == 1 else merged(streams, params.n)
+    outputs = await submit(
+        state,
+        [
+            {"prompt": p, "add_special_tokens": False} if isinstance(p, str) and not special else p
+            for p in prompts
+        ],
+        params,
+        base_id,
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+    )
     drop_output = bool(body.echo) and body.max_tokens == 0
     created = int(time.time())
     if body.stream:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kubeinfer.api.responses import ClientGone, EncodedStream, StreamEncoder, until_disconnect
+from kubeinfer.api.responses import ClientGone, EncodedStream, Items, StreamEncoder, until_disconnect
+from kubeinfer.api.state import ServerState
 from kubeinfer.outputs import CompletionOutput, RequestOutput
+from kubeinfer.sampling_params import SamplingParams
 
-Outputs = AsyncGenerator[RequestOutput, None]
+Outputs = Items[RequestOutput]
 
 
 def request_id_of(request: Request, given: str | None) -> str:
@@ -48,48 +51,84 @@ class Usage:
         }
 
 
-async def merged(streams: list[Outputs], n: int) -> Outputs:
-    """All of ``streams`` as one, in order of arrival; output ``j`` of stream ``i`` becomes index ``i * n + j``.
+class MergedOutputs:
+    """Several prompts' streams as one, in order of arrival; output ``j`` of stream ``i`` becomes index ``i * n + j``.
 
-    The first error of any stream is raised before the outputs that wait, and closes all. Each stream holds at most
-    one output here at a time, so that further ones merge where they come from.
+    The first error of any stream ends all. Each stream holds at most one output here at a time, so that further ones
+    merge where they come from.
     """
-    pending: dict[asyncio.Task[RequestOutput], int] = {
-        asyncio.ensure_future(_next(stream)): index for index, stream in enumerate(streams)
-    }
-    try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+
+    def __init__(self, streams: list[Outputs], n: int):
+        self._streams = streams
+        self._n = n
+        self._pending: dict[asyncio.Task[RequestOutput | None], int] = {}
+        self._ready: deque[RequestOutput] = deque()
+        self._started = False
+
+    def __aiter__(self) -> MergedOutputs:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if not self._started:
+            self._started = True
+            for index in range(len(self._streams)):
+                self._ask(index)
+        while not self._ready:
+            if not self._pending:
+                raise StopAsyncIteration
+            done, _ = await asyncio.wait(self._pending, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                error = task.exception()
-                if error is not None and not isinstance(error, _Ended):
-                    raise error
-            for task in done:
-                index = pending.pop(task)
-                if task.exception() is not None:
-                    continue
+                index = self._pending.pop(task)
                 output = task.result()
+                if output is None:
+                    continue
                 for choice in output.outputs:
-                    choice.index += index * n
-                pending[asyncio.ensure_future(_next(streams[index]))] = index
-                yield output
-    finally:
-        for task in pending:
+                    choice.index += index * self._n
+                self._ready.append(output)
+                self._ask(index)
+        return self._ready.popleft()
+
+    def _ask(self, index: int) -> None:
+        self._pending[asyncio.ensure_future(next_output(self._streams[index]))] = index
+
+    def close(self) -> None:
+        for task in self._pending:
             task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        for stream in streams:
-            await stream.aclose()
+        for stream in self._streams:
+            stream.close()
 
 
-class _Ended(Exception):
-    pass
-
-
-async def _next(stream: Outputs) -> RequestOutput:
+async def next_output(outputs: Outputs) -> RequestOutput | None:
+    """The next output, or None at the end."""
     try:
-        return await anext(stream)
+        return await anext(outputs)
     except StopAsyncIteration:
-        raise _Ended from None
+        return None
+
+
+async def submit(
+    state: ServerState,
+    prompts: Sequence[Any],
+    params: SamplingParams,
+    base_id: str,
+    *,
+    priority: int | None,
+    cache_salt: str | None,
+) -> Outputs:
+    """Start the prompts. An error of any of them is raised before the others' outputs are read, and ends all."""
+    streams: list[Outputs] = []
+    try:
+        for prompt in prompts:
+            streams.append(
+                await state.engine.submit(
+                    prompt, params, state.unique(base_id), priority=priority or 0, cache_salt=cache_salt
+                )
+            )
+    except BaseException:
+        for started in streams:
+            started.close()
+        raise
+    return streams[0] if len(streams) == 1 else MergedOutputs(streams, params.n)
 
 
 class Collected:
@@ -137,7 +176,7 @@ class Collection:
                     if self.usage.add_prompt(prompt_index, output):
                         self.prompts[prompt_index] = output
         finally:
-            await outputs.aclose()
+            outputs.close()
         return self
 
 
@@ -157,11 +196,11 @@ async def collect(request: Request, outputs: Outputs, n: int, count: int) -> Col
 async def stream(request: Request, outputs: Outputs, encoder: StreamEncoder[RequestOutput]) -> Response:
     """A streamed answer. Its first output is awaited here, so that a refusal still has its own status code."""
     try:
-        first = await until_disconnect(request.receive, _next(outputs))
+        first = await until_disconnect(request.receive, next_output(outputs))
     except ClientGone:
-        await outputs.aclose()
+        outputs.close()
         return gone_response()
     except BaseException:
-        await outputs.aclose()
+        outputs.close()
         raise
     return EncodedStream(first, outputs, encoder)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from kubeinfer.api.body import decode_body, read_body
 from kubeinfer.api.errors import as_api_error
-from kubeinfer.api.generation import collect, gone_response, request_id_of, stream
+from kubeinfer.api.generation import collect, gone_response, request_id_of, stream, submit
 from kubeinfer.api.protocol import Sampled, refuse_unsupported, sampling_params
 from kubeinfer.api.responses import BytesResponse
 from kubeinfer.api.schema import json_body
@@ -57,12 +57,8 @@ async def generate(request: Request) -> Response:
     params = sampling_params(body, defaults, max_tokens=max_tokens, logprobs=None)
     base_id = request_id_of(request, body.request_id)
     state.log_request(base_id, params, 1)
-    outputs = state.engine.generate(
-        body.prompt,
-        params,
-        state.unique(base_id),
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt,
+    outputs = await submit(
+        state, [body.prompt], params, base_id, priority=body.priority, cache_salt=body.cache_salt
     )
     if body.stream:
         return await stream(request, outputs, GenerateStream(body.prompt, params.n))

@@ -48,6 +48,13 @@ class CompletionLogprobs:
         self.as_ids = as_ids
         self.offset = 0
 
+    def _alternatives(self, token_id: int, position: Position) -> list[tuple[int, Logprob]]:
+        """The most likely tokens, and the one that stands there even if it is not among them."""
+        found = _top(position, self.top)
+        if token_id in position and all(other != token_id for other, _ in found):
+            found.append((token_id, position[token_id]))
+        return found
+
     def render(self, token_ids: list[int], logprobs: list[Position | None]) -> dict[str, Any]:
         offsets: list[int] = []
         tokens: list[str] = []
@@ -63,7 +70,10 @@ class CompletionLogprobs:
             tops.append(
                 None
                 if position is None
-                else {token_text(t, lp, self.as_ids): _value(lp) for t, lp in _top(position, self.top)}
+                else {
+                    token_text(t, lp, self.as_ids): _value(lp)
+                    for t, lp in self._alternatives(token_id, position)
+                }
             )
         return {"text_offset": offsets, "tokens": tokens, "token_logprobs": values, "top_logprobs": tops}
 

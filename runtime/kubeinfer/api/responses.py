@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from kubeinfer.api.errors import ApiError
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 T_contra = TypeVar("T_contra", contravariant=True)
 
 
@@ -60,6 +61,16 @@ async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
+class Items(Protocol[T_co]):
+    """What a stream is read from; ``close`` ends it early and frees what stands behind it."""
+
+    def __aiter__(self) -> Items[T_co]: ...
+
+    async def __anext__(self) -> T_co: ...
+
+    def close(self) -> None: ...
+
+
 class StreamEncoder(Protocol[T_contra]):
     """Turns a stream's items into the bytes of its body."""
 
@@ -85,7 +96,7 @@ class EncodedStream(Response):
     def __init__(
         self,
         first: Any,
-        items: AsyncGenerator[Any, None],
+        items: Items[Any],
         encoder: StreamEncoder[Any],
         headers: Mapping[str, str] | None = None,
     ):
@@ -103,7 +114,7 @@ class EncodedStream(Response):
         except ClientGone:
             pass
         finally:
-            await self.items.aclose()
+            self.items.close()
 
     async def _pump(self, send: Send, raw_send: Send) -> None:
         encoder = self.encoder

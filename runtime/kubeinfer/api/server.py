@@ -22,29 +22,31 @@ import uvicorn
 from kubeinfer import logs
 from kubeinfer.api.app import build_app
 from kubeinfer.api.observe import attach_metrics
-from kubeinfer.api.state import Engine, ServerState
+from kubeinfer.api.state import ServerState
+from kubeinfer.async_llm import AsyncLLM
 from kubeinfer.errors import KubeinferError, OptionError
-from kubeinfer.options import ServeOptions
+from kubeinfer.options import EngineOptions, ServeOptions
 from kubeinfer.text.chat_template import ChatTemplate, read_chat_template
 
-EngineFactory = Callable[[ServeOptions], Engine]
+EngineFactory = Callable[[ServeOptions], AsyncLLM]
 
 _logger = logging.getLogger("kubeinfer.server")
 _FLUSH_SECONDS = 3.0  # for aborted streams to reach their clients
 _DEATH_GRACE = 1.0  # in which /health says 503 and streams get their error, before the process exits
 
 
-def default_engine(options: ServeOptions) -> Engine:
-    from kubeinfer.async_llm import AsyncLLM
-
-    return AsyncLLM(options)
+def default_engine(options: ServeOptions) -> AsyncLLM:
+    """The engine of ``options``, in a process of its own. Blocks until it is ready."""
+    names = set(EngineOptions.model_fields)
+    engine_options = EngineOptions(**options.model_dump(include=names, exclude_unset=True))
+    return AsyncLLM(engine_options, max_waiting_requests=options.max_waiting_requests)
 
 
 def run_server(
     options: ServeOptions, make_engine: EngineFactory = default_engine, *, legacy_only: bool = False
 ) -> int:
     """Serve until told to stop; the process's exit code. The port is taken before the model is loaded."""
-    logs.set_up(options.log_format)
+    logs.configure_logging(options.log_format)
     logging.getLogger("uvicorn").setLevel(options.uvicorn_log_level.upper().replace("TRACE", "DEBUG"))
     try:
         check_files(options)
@@ -70,7 +72,7 @@ def run_server(
         code = server.run()
     if code != 0:
         # nothing may be printed after the cause, whatever exit handlers there are
-        _fail(f"The engine has stopped: {engine.death_reason}")
+        _fail(f"The engine has stopped: {server.cause}")
         _kill_children()
         os._exit(code)
     return code
@@ -173,7 +175,7 @@ class ApiServer:
     def __init__(
         self,
         options: ServeOptions,
-        engine: Engine,
+        engine: AsyncLLM,
         listener: socket.socket,
         *,
         legacy_only: bool = False,
@@ -207,6 +209,7 @@ class ApiServer:
                 root_path=options.root_path or "",
             )
         )
+        self.cause: str | None = None  # of the engine's death
         self._signals = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -218,6 +221,7 @@ class ApiServer:
             return runner.run(self.serve())
 
     async def serve(self) -> int:
+        self.engine.start()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError, RuntimeError):  # not the main thread
@@ -230,9 +234,9 @@ class ApiServer:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            dead = self.engine.death_reason is not None
+            self.cause = self.engine.death_reason
             self.engine.shutdown()
-        return 1 if dead else 0
+        return 0 if self.cause is None else 1
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

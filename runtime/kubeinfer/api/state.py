@@ -5,66 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-from typing import Any, Protocol
 
 from starlette.requests import Request
 
 from kubeinfer.api.errors import ApiError
-from kubeinfer.engine.messages import EngineStats
+from kubeinfer.async_llm import AsyncLLM
 from kubeinfer.errors import RequestError
 from kubeinfer.metrics import Metrics
 from kubeinfer.options import ServeOptions
-from kubeinfer.outputs import RequestOutput
 from kubeinfer.sampling_params import SamplingParams
 from kubeinfer.text.chat_template import ChatTemplate
-from kubeinfer.text.tokenizer import Tokenizer
 
 _logger = logging.getLogger("kubeinfer.api")
 
 _LONG_TEXT = 4096  # characters
 
 
-class Engine(Protocol):
-    """What the API needs of an engine; :class:`kubeinfer.async_llm.AsyncLLM` is the real one."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def model_config(self) -> Any: ...
-
-    @property
-    def default_sampling_params(self) -> dict[str, Any]: ...
-
-    @property
-    def stats(self) -> EngineStats | None: ...
-
-    @property
-    def num_unfinished(self) -> int: ...
-
-    @property
-    def death_reason(self) -> str | None: ...
-
-    def generate(
-        self,
-        prompt: str | list[int] | dict[str, Any],
-        params: SamplingParams,
-        request_id: str,
-        *,
-        priority: int = 0,
-        cache_salt: str | None = None,
-    ) -> AsyncGenerator[RequestOutput, None]: ...
-
-    async def abort_all(self) -> None: ...
-
-    def shutdown(self) -> None: ...
-
-
 class ServerState:
     """One a server. ``in_flight`` counts requests that generate, from their first byte in to their last out."""
 
-    def __init__(self, engine: Engine, options: ServeOptions, metrics: Metrics, chat: ChatTemplate):
+    def __init__(self, engine: AsyncLLM, options: ServeOptions, metrics: Metrics, chat: ChatTemplate):
         self.engine = engine
         self.options = options
         self.metrics = metrics
@@ -82,7 +42,7 @@ class ServerState:
 
     @property
     def max_model_len(self) -> int:
-        return int(self.engine.model_config.max_model_len)
+        return self.engine.info.max_model_len
 
     def refusal(self) -> ApiError | None:
         """Why no request can be taken now, or None."""

@@ -6,7 +6,9 @@ returns float32 [blocks, elements of a block]. Formats without a function here g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
 
@@ -14,6 +16,9 @@ import torch
 
 # Elements dequantized at a time: the working set of a chunk stays in the processor's caches.
 _CHUNK = 1 << 17
+# Beyond this, threads wait for Python's lock; below that, starting them costs more than it saves.
+_MOST_WORKERS = 8
+_CHUNKS_A_WORKER = 8
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
@@ -32,15 +37,37 @@ def dequantize(
     if type_name in _PLAIN:
         plain = raw.view(_PLAIN[type_name]).view(shape)
         return plain if dtype is None else plain.to(dtype)
-    elements = prod(shape)
-    blocks = raw.view(elements // block_size, -1)
-    convert = _CONVERT.get(type_name)
-    out = torch.empty(elements // block_size, block_size, dtype=dtype or torch.float32)
+    blocks = raw.view(prod(shape) // block_size, -1)
+    out = torch.empty(blocks.shape[0], block_size, dtype=dtype or torch.float32)
     step = max(1, _CHUNK // block_size)
-    for first in range(0, blocks.shape[0], step):
-        part = blocks[first : first + step]
-        out[first : first + step] = convert(part) if convert else _with_gguf(part, type_name)
+    convert = _CONVERT.get(type_name) or functools.partial(_with_gguf, type_name=type_name)
+
+    def chunk(first: int) -> None:
+        out[first : first + step] = convert(blocks[first : first + step])
+
+    _run(chunk, range(0, blocks.shape[0], step))
     return out.view(shape)
+
+
+def _run(chunk: Callable[[int], None], firsts: range) -> None:
+    """Call ``chunk`` with each of ``firsts``, on as many threads as torch has; each operation on one thread.
+
+    Operations are too short for OpenMP: waiting for a second thread at the end of each costs more than it saves, many
+    times more on a busy machine.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, _MOST_WORKERS, len(firsts) // _CHUNKS_A_WORKER)
+    try:
+        torch.set_num_threads(1)
+        if workers > 1:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for _ in pool.map(chunk, firsts):
+                    pass
+        else:
+            for first in firsts:
+                chunk(first)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _with_gguf(blocks: torch.Tensor, type_name: str) -> torch.Tensor:

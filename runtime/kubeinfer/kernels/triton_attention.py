@@ -394,11 +394,13 @@ def paged_attention_triton(
     if num_decodes > 0:
         block_n, num_warps, num_stages = _decode_config(head_dim, group, wide, fp8)
         splits = num_splits(num_decodes, num_kv_heads)
-        if splits > 1 and workspace is None:
-            from kubeinfer.kernels.attention import decode_workspace
-
-            workspace = decode_workspace(num_decodes, num_heads, num_kv_heads, head_dim, q.device)
-        partial, lse = (workspace.partial, workspace.lse) if workspace is not None else (out, out)
+        partial, lse = out, out
+        if workspace is not None:
+            partial, lse = workspace.partial, workspace.lse
+        elif splits > 1:
+            rows = num_decodes * num_heads * splits
+            partial = torch.empty(rows, head_dim, dtype=torch.float32, device=q.device)
+            lse = torch.empty(rows, dtype=torch.float32, device=q.device)
         _decode_kernel[(num_kv_heads, splits, num_decodes)](
             q, kv_cache, block_table, seq_lens, out, partial, lse, num_blocks, stride_table, qk_scale, v_scale,
             STRIDE_Q=stride_q, STRIDE_OUT=stride_out, HK=num_kv_heads, GROUP=group,

@@ -1,0 +1,98 @@
+"""Model inputs built from the device tables, against a plain loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kubeinfer.kernels.batch_prep import StepInputs, prepare_decode, prepare_mixed, step_inputs, store_sampled
+
+ROWS, MAX_BLOCKS = 11, 300
+
+
+def tables(block_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    last = torch.randint(0, 50000, (ROWS,))
+    blocks = torch.randint(1, 9999, (ROWS, MAX_BLOCKS), dtype=torch.int32)
+    computed = torch.randint(0, MAX_BLOCKS * block_size - 600, (ROWS,), dtype=torch.int32)
+    return last.to(device), blocks.to(device), computed.to(device)
+
+
+def poisoned(tokens: int, seqs: int, device: str) -> StepInputs:
+    out = step_inputs(tokens, seqs, MAX_BLOCKS, device)
+    for x in (out.input_ids, out.positions, out.slot_mapping, out.seq_lens, out.block_table):
+        x.fill_(-99)
+    return out
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_decode(device: str, block_size: int) -> None:
+    last, blocks, computed = tables(block_size, device)
+    rows = [3, -1, 0, 10, 7, -1]
+    out = poisoned(8, 8, device)
+    index = torch.tensor(rows, dtype=torch.int32, device=device)
+    prepare_decode(index, last, blocks, computed, block_size, out)
+    for i, row in enumerate(rows):
+        position = int(computed[row]) if row >= 0 else 0
+        assert int(out.positions[i]) == position
+        assert int(out.input_ids[i]) == (int(last[row]) if row >= 0 else 0)
+        assert int(out.seq_lens[i]) == (position + 1 if row >= 0 else 0)
+        if row >= 0:
+            block = int(blocks[row, position // block_size])
+            assert int(out.slot_mapping[i]) == block * block_size + position % block_size
+            assert torch.equal(out.block_table[i], blocks[row])
+        else:
+            assert int(out.slot_mapping[i]) == -1
+            assert not out.block_table[i].any()
+    assert (out.seq_lens[len(rows) :] == -99).all()
+    assert (out.input_ids[len(rows) :] == -99).all()
+
+
+def test_mixed(device: str) -> None:
+    block_size = 16
+    last, blocks, computed = tables(block_size, device)
+    rows, lengths, from_table = [4, 9, 1, 2], [1, 1, 530, 3], [True, False, False, False]
+    out = poisoned(600, 5, device)
+    start = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    prepare_mixed(
+        torch.tensor(rows, dtype=torch.int32, device=device),
+        start,
+        torch.tensor(from_table, device=device),
+        last,
+        blocks,
+        computed,
+        block_size,
+        max(lengths),
+        out,
+    )
+    at = 0
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        position = int(computed[row]) + torch.arange(length)
+        block = blocks[row].cpu()[position // block_size]
+        assert torch.equal(out.positions[at : at + length].cpu(), position)
+        assert torch.equal(
+            out.slot_mapping[at : at + length].cpu(), (block * block_size + position % block_size).int()
+        )
+        assert int(out.seq_lens[i]) == int(computed[row]) + length
+        assert torch.equal(out.block_table[i], blocks[row])
+        at += length
+    assert int(out.input_ids[0]) == int(last[4])
+    assert (out.input_ids[1:] == -99).all()
+    assert (out.positions[at:] == -99).all()
+
+
+@pytest.mark.parametrize("size", [1, 5, 300])
+def test_store_sampled(device: str, size: int) -> None:
+    rows = torch.randperm(400)[:size].int()
+    rows[torch.rand(size) < 0.3] = -1
+    sampled = torch.randint(0, 1000, (size,))
+    last, computed = torch.full((400,), -7), torch.arange(400, dtype=torch.int32)
+    got_last, got_computed = last.to(device, copy=True), computed.to(device, copy=True)
+    store_sampled(rows.to(device), sampled.to(device), got_last, got_computed)
+    for row, token in zip(rows.tolist(), sampled.tolist(), strict=True):
+        if row >= 0:
+            last[row] = token
+            computed[row] += 1
+    assert torch.equal(got_last.cpu(), last)
+    assert torch.equal(got_computed.cpu(), computed)
+    store_sampled(rows.to(device), sampled.to(device), got_last)
+    assert torch.equal(got_computed.cpu(), computed)

@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
 
-class _Terminated(Exception):
+class _Terminated(BaseException):
     """SIGTERM: stop as Ctrl-C does, with everything kept for the next run."""
 
 
@@ -58,11 +59,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--token-file", type=Path, help="file that holds the hub's token")
     parser.add_argument(
-        "--max-workers", type=int, default=4, help="files fetched at once (default: %(default)s)"
+        "--max-workers", type=_positive, default=4, help="files fetched at once (default: %(default)s)"
     )
     parser.add_argument(
         "--stall-timeout",
-        type=float,
+        type=_seconds,
         help="seconds without a byte before a connection is given up (default: 30)",
     )
     parser.add_argument(
@@ -113,6 +114,10 @@ def run(args: argparse.Namespace) -> int:
     except WeightsError as error:
         output.failed(error.to_dict())
         return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        output.failed({"reason": "InternalError", "message": f"{type(error).__name__}: {error}"})
+        return 1
     except KeyboardInterrupt:
         output.failed(
             {"reason": "Interrupted", "message": "stopped by Ctrl-C; run it again to go on from here"}
@@ -199,6 +204,20 @@ def _shortened(line: dict[str, Any], limit: int = 3500) -> dict[str, Any]:
     if isinstance(message, str) and len(message.encode()) > limit:
         return {**line, "message": message.encode()[:limit].decode(errors="ignore") + " ..."}
     return line
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{value:g} is not above 0")
+    return value
 
 
 def _read_token(path: Path | None) -> str | None:

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -52,6 +52,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _OFFLINE_HELPS = (NetworkUnreachable, HubUnavailable, TooManyRequests)
+_SMALL = 8 << 20
 _DISK_SLACK = 1 << 20  # manifest, links, directories
 
 
@@ -266,16 +267,17 @@ class _Fetch:
         layout = self._layout(resolved)
         self.progress(ProgressEvent("checking"))
         manifest = layout.manifest()
-        if (manifest is not None or self.request.local_dir is None) and self._complete(
-            layout, files, manifest
-        ):
+        if not _stale(manifest, resolved) and all(layout.present(f, manifest) for f in files):
+            self._keep_manifest(layout, resolved, files, manifest)
             return self._result(layout.folder, resolved.revision, files)
         if self.request.local_dir is None and (cached := self._in_sdk_cache(files)):
             return self._result(cached, resolved.revision, files)
         with layout.lock(lambda text: self.progress(ProgressEvent("waiting", message=text))):
             manifest = layout.manifest()
             missing = [f for f in files if not layout.present(f, manifest)]
-            received = self._bring(layout, resolved, files, missing) if missing or manifest is None else 0
+            received = 0
+            if missing or _stale(manifest, resolved):
+                received = self._bring(layout, resolved, files, missing)
         return self._result(layout.folder, resolved.revision, files, received)
 
     def _result(
@@ -311,13 +313,21 @@ class _Fetch:
         snapshots = cache / "models" / repo.replace("/", "--") / "snapshots"
         return FolderLayout(snapshots / resolved.revision, self.source.cached_snapshots(cache))
 
-    def _complete(self, layout: Layout, files: Sequence[RemoteFile], manifest: Manifest | None) -> bool:
-        return layout.folder.is_dir() and all(layout.present(f, manifest) for f in files)
+    def _keep_manifest(
+        self, layout: Layout, resolved: ResolvedModel, files: Sequence[RemoteFile], old: Manifest | None
+    ) -> None:
+        """Note which revision a complete folder is at; one that cannot be written is as good without."""
+        at = (resolved.source.repo_uri, resolved.revision)
+        if old is not None and (old.source, old.revision) == at:
+            if {f.path for f in files} <= {f.path for f in old.files}:
+                return
+        with suppress(OSError):
+            self._manifest(layout, resolved, files, {}, old).write(layout.manifest_path)
 
     def _in_sdk_cache(self, files: Sequence[RemoteFile]) -> Path | None:
         """A snapshot that the hub's own SDK made (it has checked the hashes) and that has every file."""
         for folder in self.source.cached_snapshots(self._cache_dir()):
-            if all((folder / f.path).is_file() and (folder / f.path).stat().st_size == f.size for f in files):
+            if all(_as_listed(folder / f.path, f) for f in files):
                 return folder
         return None
 
@@ -493,6 +503,18 @@ class _Workers:
             transfer.close()
             with self._wake:
                 self._wake.notify()
+
+
+def _stale(manifest: Manifest | None, resolved: ResolvedModel) -> bool:
+    """Whether a folder has files that this revision has no more: old shards would be loaded with the new."""
+    return manifest is not None and not {f.path for f in manifest.files} <= {f.path for f in resolved.files}
+
+
+def _as_listed(path: Path, file: RemoteFile) -> bool:
+    """Size, and for small files (the only ones that change without changing it) the hash too."""
+    if file.size <= _SMALL:
+        return file_matches(path, file)
+    return path.is_file() and path.stat().st_size == file.size
 
 
 def offline() -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from kubeinfer.weights.errors import FileNotFound
+from kubeinfer.weights.errors import FileNotFound, HubUnavailable
 from kubeinfer.weights.sources.base import RemoteFile
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.[A-Za-z0-9]+\Z)")
@@ -67,6 +67,8 @@ def select(
     one file named in the URI, which brings its sibling shards and nothing but small files with it;
     ``weights=False`` leaves all weights out. Raises ``FileNotFound`` when nothing is left, or when the choice between several GGUF files is the user's to make.
     """
+    if bad := [f.path for f in files if not _is_safe(f.path)]:
+        raise HubUnavailable(f"{model} lists files with paths that lead out of its folder: {_some(bad)}")
     files = [f for f in files if PurePosixPath(f.path).name != ".gitattributes"]
     if not weights:
         chosen = [f for f in files if _is_side_file(f.path) and not matches(f.path, exclude)]
@@ -82,6 +84,14 @@ def select(
             f"it has: {_some(f.path for f in files)}"
         )
     return list({f.path: f for f in chosen}.values())
+
+
+def _is_safe(path: str) -> bool:
+    """Whether a path from a hub stays inside the model's folder, and clear of this package's own files there."""
+    parts = path.split("/")
+    return not any(p in ("", ".", "..") or "\\" in p or "\0" in p for p in parts) and not parts[0].startswith(
+        (".kubeinfer", ".incomplete")
+    )
 
 
 def shard_group(path: str) -> str:
@@ -110,8 +120,8 @@ def _default(files: Sequence[RemoteFile], exclude: Sequence[str], model: str) ->
     groups = [g for g in groups if not PurePosixPath(g).name.lower().startswith("mmproj")] or groups
     if len(groups) > 1:
         raise FileNotFound(
-            f"{model} holds {len(groups)} GGUF files, of which one is needed: add its name to the model, as in "
-            f"hf://ORG/NAME/{groups[0]}, or give an include pattern; it has: {_some(groups)}"
+            f"{model} holds {len(groups)} GGUF files, of which one is needed: add its name, as in "
+            f"{model}/{groups[0]}, or give an include pattern; it has: {_some(groups)}"
         )
     gguf = [f for f in usable if groups and shard_group(f.path) == groups[0]]
     return gguf + [f for f in usable if _is_side_file(f.path)]

@@ -31,7 +31,7 @@ from kubeinfer.weights.errors import (
     format_bytes,
 )
 from kubeinfer.weights.progress import Meter
-from kubeinfer.weights.sources.base import FileRequest, RemoteFile
+from kubeinfer.weights.sources.base import FileRequest, RemoteFile, root_cause
 
 CHUNK = 1 << 16
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -284,7 +284,7 @@ class Transfer:
                 f"{self._host} sent no byte of {what} for {self._options.stall_timeout:g} s, "
                 f"{self._options.retries + 1} times in a row; check the network, or use a mirror"
             )
-        return self._broken(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}", file)
+        return self._broken(root_cause(error), file)
 
     def _broken(self, what: str, file: RemoteFile | None) -> NetworkUnreachable:
         name = f" of {file.path}" if file else ""

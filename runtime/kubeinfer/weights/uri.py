@@ -103,7 +103,7 @@ def parse(model: str) -> ModelSource:
     scheme_text, separator, rest = text.partition("://")
     if not separator:
         if looks_like_path(text) or Path(text).expanduser().exists():
-            return ModelSource("file", path=str(Path(text).expanduser()))
+            return ModelSource("file", path=os.path.expanduser(text))
         return _parse_hub("modelscope" if use_modelscope() else "hf", text, text)
     scheme = _ALIASES.get(scheme_text.lower())
     if scheme is None:

@@ -80,6 +80,23 @@ class WeightSource(abc.ABC):
         """Snapshots of this model (at its revision, if it names one) in the cache, the best first."""
 
 
+def root_cause(error: BaseException) -> str:
+    """The reason at the bottom of a chain of exceptions, in a few words and without URLs (which may be signed)."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    innermost = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        innermost = current
+        inner = next(
+            (a for a in (getattr(current, "reason", None), *current.args) if isinstance(a, Exception)), None
+        )
+        current = inner or current.__cause__ or current.__context__
+    text = innermost.strerror if isinstance(innermost, OSError) else None
+    first = (str(text or innermost).splitlines() or [""])[0]
+    return first[:160] or type(innermost).__name__
+
+
 def checkpoint_gaps(names: Iterable[str], read_json: Any) -> list[str]:
     """Shards that an index file of ``names`` promises and ``names`` lacks.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from kubeinfer.weights.errors import (
@@ -17,7 +16,7 @@ from kubeinfer.weights.errors import (
     TooManyRequests,
     WeightsError,
 )
-from kubeinfer.weights.sources.base import FileRequest, RemoteFile, ResolvedModel, WeightSource
+from kubeinfer.weights.sources.base import FileRequest, RemoteFile, ResolvedModel, WeightSource, root_cause
 from kubeinfer.weights.uri import ModelSource
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -168,9 +167,8 @@ def is_network_error(error: BaseException) -> bool:
 
 def unreachable_message(model: str, host: str, error: BaseException, variable: str) -> str:
     """What to say, and to do, when a hub does not answer."""
-    text: Any = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
-        f"cannot reach {host} for {model} ({text}). Check network, proxy and DNS; or set {variable} to a mirror, "
+        f"cannot reach {host} for {model} ({root_cause(error)}). Check network, proxy and DNS; or set {variable} to a mirror, "
         "give --mirror with another hub, or name a local folder that holds the model"
     )
 

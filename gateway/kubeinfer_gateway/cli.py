@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _keygen(words[1:])
     parser = argparse.ArgumentParser(
         prog="python -m kubeinfer_gateway",
+        usage="%(prog)s [options] | %(prog)s keygen NAME",
         description=_ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 ENV_PREFIX = "KUBEINFER_GATEWAY_"
+_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)\Z")
 
 
 def _opt(
@@ -138,9 +140,8 @@ def from_arguments(arguments: argparse.Namespace, environ: Mapping[str, str] = o
 
 
 def _is_service_link(name: str) -> bool:
-    """Kubernetes puts KUBEINFER_GATEWAY_SERVICE_HOST and the like into pods beside a Service of that name."""
-    rest = name.removeprefix(ENV_PREFIX)
-    return rest.startswith(("SERVICE_", "PORT_", "INTERNAL_SERVICE_", "INTERNAL_PORT_")) or rest == "PORT"
+    """Kubernetes puts KUBEINFER_GATEWAY_SERVICE_HOST and the like into pods beside a Service of such a name."""
+    return _SERVICE_LINK.search(name) is not None
 
 
 def _is_service_link_value(option: str, value: str) -> bool:

@@ -77,7 +77,8 @@ class ParameterStore:
         """
         left_over = []
         for name, tensor in tensors:
-            slots = self.slots.get(name)
+            # A checkpoint saved from the model without its head lacks the prefix (facebook/opt-125m).
+            slots = self.slots.get(name) or self.slots.get(f"model.{name}")
             if slots is None:
                 if name not in optional and not name.endswith(_IGNORED_ENDINGS):
                     left_over.append(name)

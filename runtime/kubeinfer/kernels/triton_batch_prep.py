@@ -56,8 +56,8 @@ def _prepare_kernel(
             tl.store(block_table_ptr + i.to(tl.int64) * stride_to + at, blocks, mask=at < max_blocks)
         if DECODE:
             token = tl.load(last_tokens_ptr + row, mask=live, other=0)
-            block = tl.load(source + start // BLOCK_SIZE, mask=live, other=0)
-            slot = tl.where(live, block * BLOCK_SIZE + start % BLOCK_SIZE, -1)
+            page = tl.load(source + start // BLOCK_SIZE, mask=live, other=0)
+            slot = tl.where(live, page * BLOCK_SIZE + start % BLOCK_SIZE, -1)
             tl.store(input_ids_ptr + i, token)
             tl.store(positions_ptr + i, start.to(tl.int64))
             tl.store(slots_ptr + i, slot)

@@ -46,7 +46,11 @@ def running(engine: Any, **options: Any) -> Iterator[Running]:
     }
     serve_options = ServeOptions(**(values | {"port": 0} | options))
     listener = bind(serve_options)
-    server = ApiServer(serve_options, engine, listener)
+    try:
+        server = ApiServer(serve_options, engine, listener)
+    except BaseException:
+        listener.close()
+        raise
     result = Running(server, engine)
 
     def work() -> None:

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 
 from kubeinfer import __version__
 from kubeinfer.api import chat, completions, health, legacy, models, page, tokenization, unsupported
-from kubeinfer.api.errors import ApiError
+from kubeinfer.api.errors import ApiError, as_api_error
 from kubeinfer.api.middleware import Gate
 from kubeinfer.api.responses import error_response
 from kubeinfer.api.state import ServerState
@@ -37,19 +37,15 @@ async def _http_error(request: Request, exc: Exception) -> Response:
 
 
 async def _own_error(request: Request, exc: Exception) -> Response:
-    from kubeinfer.api.errors import as_api_error
-
     return error_response(as_api_error(exc))
 
 
 def build_app(state: ServerState, *, legacy_only: bool = False) -> ASGIApp:
     """The ASGI application over ``state``. ``legacy_only`` leaves just ``/generate`` and the probes."""
     options = state.options
-    root_path = options.root_path or ""
     app = FastAPI(
         title="kubeinfer",
         version=__version__,
-        root_path=root_path,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
         exception_handlers={HTTPException: _http_error, ApiError: _own_error, KubeinferError: _own_error},
@@ -62,7 +58,7 @@ def build_app(state: ServerState, *, legacy_only: bool = False) -> ASGIApp:
             routers.append(page.router)
     for router in routers:
         app.include_router(router)
-    gate = Gate(app, state, root_path)
+    gate = Gate(app, state)
     return CORSMiddleware(
         gate,
         allow_origins=options.allowed_origins,

@@ -119,11 +119,10 @@ async def submit(
     streams: list[Outputs] = []
     try:
         for prompt in prompts:
-            streams.append(
-                await state.engine.submit(
-                    prompt, params, state.unique(base_id), priority=priority or 0, cache_salt=cache_salt
-                )
+            stream: Outputs = await state.engine.submit(
+                prompt, params, state.unique(base_id), priority=priority or 0, cache_salt=cache_salt
             )
+            streams.append(stream)
     except BaseException:
         for started in streams:
             started.close()

@@ -24,10 +24,11 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 class Gate:
     """Wraps the application (ASGI). Whatever an inner layer raises becomes an answer in OpenAI's shape."""
 
-    def __init__(self, app: ASGIApp, state: ServerState, root_path: str):
+    def __init__(self, app: ASGIApp, state: ServerState):
         self.app = app
         self.state = state
-        self.root_path = root_path.rstrip("/")
+        root_path = (state.options.root_path or "").strip("/")
+        self.root_path = "/" + root_path if root_path else ""
         self.keys = [key.encode() for key in state.options.api_key or []]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,8 +49,11 @@ class Gate:
             await send(message)
 
         path: str = scope["path"]
-        if self.root_path and path.startswith(self.root_path + "/"):
-            path = path[len(self.root_path) :]
+        if self.root_path:
+            # The proxy in front may or may not have taken the prefix off.
+            path = path.removeprefix(self.root_path) if path.startswith(self.root_path + "/") else path
+            scope["root_path"] = self.root_path
+            scope["path"] = self.root_path + path
         generating = path in GENERATING_PATHS
         state = self.state
         try:

@@ -206,7 +206,6 @@ class ApiServer:
                 ssl_certfile=options.ssl_certfile,
                 ssl_ca_certs=options.ssl_ca_certs,
                 ssl_cert_reqs=2 if options.ssl_ca_certs else 0,
-                root_path=options.root_path or "",
             )
         )
         self.cause: str | None = None  # of the engine's death

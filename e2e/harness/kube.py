@@ -39,12 +39,18 @@ class Kube:
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
 
-    def run(self, *arguments: str, input: str | None = None, check: bool = True, timeout: float = 120.0) -> str:
+    def run(
+        self, *arguments: str, input: str | None = None, check: bool = True, timeout: float = 120.0
+    ) -> str:
         """Standard output of `kubectl -n NAMESPACE ...`. Raises KubeError where it fails and `check` is set."""
         command = ["kubectl", "-n", self.namespace, *arguments]
-        done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            command, input=input, capture_output=True, text=True, timeout=timeout, check=False
+        )
         if check and done.returncode != 0:
-            raise KubeError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()} {done.stdout.strip()[-2000:]}")
+            raise KubeError(
+                f"kubectl {' '.join(arguments)}: {done.stderr.strip()} {done.stdout.strip()[-2000:]}"
+            )
         return done.stdout
 
     def get(self, kind: str, name: str) -> Object | None:

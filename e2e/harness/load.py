@@ -17,11 +17,21 @@ import urllib.parse
 from typing import Any
 
 
-def stream(url: str, body: dict[str, Any], timeout: float = 300.0, headers: dict[str, str] | None = None) -> dict[str, Any]:
+def stream(
+    url: str, body: dict[str, Any], timeout: float = 300.0, headers: dict[str, str] | None = None
+) -> dict[str, Any]:
     """One streamed chat completion. Never raises: `error` tells what went wrong, empty where nothing did."""
     parts = urllib.parse.urlsplit(url)
     started = time.monotonic()
-    result: dict[str, Any] = {"status": 0, "error": "", "tokens": 0, "first": None, "keepalives": 0, "text": "", "headers": {}}
+    result: dict[str, Any] = {
+        "status": 0,
+        "error": "",
+        "tokens": 0,
+        "first": None,
+        "keepalives": 0,
+        "text": "",
+        "headers": {},
+    }
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=timeout)
     try:
         connection.request(
@@ -58,7 +68,9 @@ def stream(url: str, body: dict[str, Any], timeout: float = 300.0, headers: dict
                     result["tokens"] += 1
                     result["text"] += text
         if not done or finish is None:
-            result["error"] = f"truncated after {result['tokens']} pieces of text (finish_reason {finish}, [DONE] {done})"
+            result["error"] = (
+                f"truncated after {result['tokens']} pieces of text (finish_reason {finish}, [DONE] {done})"
+            )
     except (OSError, http.client.HTTPException, ValueError) as error:
         result["error"] = f"{type(error).__name__}: {error}"
     finally:
@@ -75,6 +87,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--once", action="store_true", help="each stream sends one request")
+    parser.add_argument("--patient", action="store_true", help="ask again, in silence, until it is answered")
     parser.add_argument("--pause", type=float, default=0.0, help="between two requests of a stream")
     parser.add_argument("--header", action="append", default=[], metavar="NAME:VALUE")
     arguments = parser.parse_args()
@@ -95,6 +108,9 @@ def main() -> None:
                 "temperature": 0,
             }
             result = stream(arguments.url, body, headers=headers)
+            if arguments.patient and result["error"]:
+                stop.wait(0.1)
+                continue
             results.append(result | {"at": time.time()})
             if arguments.once:
                 return
@@ -109,6 +125,7 @@ def main() -> None:
     threads = [threading.Thread(target=work, args=(number,)) for number in range(arguments.streams)]
     if not arguments.once:
         threading.Thread(target=watch_input, daemon=True).start()
+    if not arguments.once or arguments.patient:
         timer = threading.Timer(arguments.seconds, stop.set)
         timer.daemon = True
         timer.start()
@@ -121,13 +138,18 @@ def main() -> None:
         json.dumps(
             {
                 "requests": len(results),
-                "failures": [f"{result['at']:.1f} {result['error']}" for result in results if result["error"]],
+                "failures": [
+                    f"{result['at']:.1f} {result['error']}" for result in results if result["error"]
+                ],
                 "tokens": sum(result["tokens"] for result in results),
                 "first_p50": firsts[len(firsts) // 2] if firsts else None,
                 "first_max": firsts[-1] if firsts else None,
                 "keepalives": sum(result["keepalives"] for result in results),
                 "results": [
-                    {key: result[key] for key in ("status", "error", "seconds", "headers", "text", "keepalives")}
+                    {
+                        key: result[key]
+                        for key in ("status", "error", "seconds", "headers", "text", "keepalives")
+                    }
                     for result in results
                 ]
                 if arguments.once

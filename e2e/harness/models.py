@@ -22,7 +22,12 @@ def manifest(name: str, uri: str = f"hf://{REPOSITORY}", **spec: Any) -> Object:
     }
     for key, value in spec.items():
         merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    return {"apiVersion": "kubeinfer.io/v1alpha1", "kind": "InferenceModel", "metadata": {"name": name}, "spec": merged}
+    return {
+        "apiVersion": "kubeinfer.io/v1alpha1",
+        "kind": "InferenceModel",
+        "metadata": {"name": name},
+        "spec": merged,
+    }
 
 
 class Models:
@@ -50,7 +55,10 @@ class Models:
             return poll(f"{name}: {what}", once, timeout)
         except TimeoutError as error:
             status = seen[0].get("status", {}) if seen else {}
-            lines = [f"{c['type']}={c['status']} {c['reason']}: {c.get('message', '')}" for c in status.get("conditions", [])]
+            lines = [
+                f"{c['type']}={c['status']} {c['reason']}: {c.get('message', '')}"
+                for c in status.get("conditions", [])
+            ]
             raise TimeoutError("\n".join([str(error), f"phase {status.get('phase')}", *lines])) from None
 
     def wait_ready(self, name: str, timeout: float = 120.0) -> Object:
@@ -74,7 +82,9 @@ class Models:
             found = condition(model, kind)
             return found.get("status") in ("False", "Unknown") and found.get("reason") in reasons
 
-        return condition(self.wait(name, f"{kind} is false because of {' or '.join(sorted(reasons))}", look, timeout), kind)
+        return condition(
+            self.wait(name, f"{kind} is false because of {' or '.join(sorted(reasons))}", look, timeout), kind
+        )
 
     def wait_replicas(self, name: str, count: int, timeout: float = 180.0) -> Object:
         """Until exactly `count` replicas are ready and the status says so."""
@@ -104,6 +114,31 @@ class Models:
                 if labels.get("kubeinfer.io/model") == name or name in owners:
                     found.add(f"{item['kind']}/{item['metadata']['name']}")
         return found
+
+    def wait_gone(self, name: str, timeout: float = 120.0) -> None:
+        """Until the object and everything made for it are gone."""
+
+        def look() -> bool:
+            left.clear()
+            left.update(self.children(name))
+            return self.kube.get("inferencemodel", name) is None and not left
+
+        left: set[str] = set()
+        try:
+            poll(f"{name} and what was made for it are gone", look, timeout, every=0.5)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}; left: {sorted(left)}") from None
+
+    def engine_kill(self, pod: str, signal: str = "KILL") -> None:
+        """Send a signal to the engine's process inside a runtime pod."""
+        code = (
+            "import os, signal, pathlib\n"
+            "hit = [int(p.name) for p in pathlib.Path('/proc').iterdir() if p.name.isdigit()\n"
+            "       and b'core_process' in (p / 'cmdline').read_bytes()]\n"
+            "assert hit, 'no engine process'\n"
+            f"[os.kill(pid, signal.SIG{signal}) for pid in hit]"
+        )
+        self.kube.run("exec", pod, "-c", "runtime", "--", "python", "-c", code)
 
     @contextlib.contextmanager
     def temporary(self, model: Object) -> Iterator[str]:

@@ -117,7 +117,10 @@ class InputProcessor:
         plain = [index for index, prompt in enumerate(prompts) if isinstance(prompt, str) and prompt]
         encoded: dict[int, list[int]] = {}
         if len(plain) > 1:
-            encoded = dict(zip(plain, self.tokenizer.encode_batch([str(prompts[index]) for index in plain])))
+            try:
+                encoded = dict(zip(plain, self.tokenizer.encode_batch([str(prompts[index]) for index in plain])))
+            except (UnicodeEncodeError, TypeError):
+                pass  # one of them is no text; one by one it is found
         arrival = time.time()
         result = []
         for index, prompt in enumerate(prompts):
@@ -176,10 +179,9 @@ class InputProcessor:
         return text, self._encode(text, bool(prompt.get("add_special_tokens", True))), salt
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # A token has at least one byte but may stand for many characters, so length alone refuses nothing here.
         try:
             return self.tokenizer.encode(text, add_special_tokens)
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):  # TypeError is how tokenizers says it
             raise RequestError(
                 "prompt holds a lone surrogate, which is no text; send valid Unicode.", "prompt"
             ) from None

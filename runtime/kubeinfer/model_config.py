@@ -72,7 +72,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def resolve_path(options: EngineOptions) -> Path:
     """The folder or GGUF file of ``options.model``, downloaded if it names a hub's repository."""
-    from kubeinfer.weights.download import resolve_model_path
+    from kubeinfer.weights.locate import resolve_model_path
 
     if not options.model:
         raise OptionError("model: give a folder, a GGUF file or ORG/NAME.", "model")
@@ -151,7 +151,9 @@ def _normalise(
         limit = int(limit * float(scaling.get("factor", 1.0)))
     elif scaling["rope_type"] == "yarn":
         limit = max(limit, int(scaling["original_max_position_embeddings"] * float(scaling.get("factor", 1.0))))
-    max_len = options.max_model_len or limit
+    # Dynamic scaling changes every position once it stretches, so it is used only where a longer length is asked for.
+    trained = int(hf.get("max_position_embeddings") or 2048)
+    max_len = options.max_model_len or (trained if scaling["rope_type"] == "dynamic" else limit)
     if max_len > limit:
         raise OptionError(
             f"max_model_len {max_len} is more than the model's {limit} positions; lower --max-model-len, or give "

@@ -70,8 +70,8 @@ def make_client(options: EngineOptions) -> EngineClient:
     return InProcessClient(options)
 
 
-def make_async_client(options: EngineOptions) -> AsyncEngineClient:
+def make_async_client(options: EngineOptions, log_format: str = "text") -> AsyncEngineClient:
     """An engine core in a process of its own. Blocks until it is ready; raises with the child's reason if it dies."""
     from kubeinfer.engine.zmq_client import ProcessClient
 
-    return ProcessClient(options)
+    return ProcessClient(options, log_format)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kubeinfer.kernels.cpu import library as cpu
+
 
 def silu_and_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
     """``silu(x[..., :I]) * x[..., I:]`` of ``x [..., 2I]``, computed in fp32; returns ``[..., I]``."""
@@ -13,6 +15,8 @@ def silu_and_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
         from kubeinfer.kernels.triton_activation import silu_and_mul_triton
 
         return silu_and_mul_triton(x, out)
+    if out is None and x.dim() == 2 and cpu.usable(x):
+        return cpu.silu_and_mul(x)
     return silu_and_mul_reference(x, out)
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kubeinfer.kernels.cpu import library as cpu
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeWorkspace:
@@ -91,6 +93,10 @@ def paged_attention(
             q, kv_cache, query_start, seq_lens, block_table, out, scale, max_query_len, max_seq_len,
             sliding_window, soft_cap, num_decodes, workspace, k_scale, v_scale,
         )  # fmt: skip
+    if soft_cap == 0.0 and cpu.attention(
+        q, kv_cache, query_start, seq_lens, block_table, out, scale, sliding_window
+    ):
+        return out
     return paged_attention_reference(
         q, kv_cache, query_start, seq_lens, block_table, out, scale=scale, sliding_window=sliding_window,
         soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale,

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kubeinfer.kernels.cpu import library as cpu
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """``x / rms(x) * weight`` over the last dimension, computed in fp32.
@@ -20,6 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
         from kubeinfer.kernels.triton_norm import rms_norm_triton
 
         return rms_norm_triton(x, None, weight, eps, out)
+    if out is None and x.dim() == 2 and cpu.usable(x, weight):
+        return cpu.rms_norm(x, None, weight, eps)
     return rms_norm_reference(x, weight, eps, out)
 
 
@@ -39,6 +43,8 @@ def fused_add_rms_norm(
         from kubeinfer.kernels.triton_norm import rms_norm_triton
 
         return rms_norm_triton(x, residual, weight, eps, out), residual
+    if out is None and x.dim() == 2 and cpu.usable(x, residual, weight):
+        return cpu.rms_norm(x, residual, weight, eps), residual
     residual.add_(x)
     return rms_norm_reference(residual, weight, eps, out), residual
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kubeinfer.kernels.cpu import library as cpu
+
 
 def rope_and_cache(
     q: Tensor,
@@ -23,7 +25,7 @@ def rope_and_cache(
 ) -> None:
     """Normalise (optional) and rotate ``q`` in place; write the normalised, rotated ``k`` and ``v`` to the cache.
 
-    ``k`` and ``v`` themselves are left as they are: attention reads the cache only.
+    ``k`` itself may be overwritten on the way: attention reads the cache only.
 
     Args:
         q: ``[T, Hq, D]``; a view of a fused qkv tensor will do (any row stride, heads contiguous).
@@ -54,6 +56,10 @@ def rope_and_cache(
             k_scale,
             v_scale,
         )
+        return
+    if cpu.rope_and_cache(
+        q, k, v, positions, cos_sin, slot_mapping, kv_cache, q_norm_weight, k_norm_weight, eps
+    ):
         return
     rope_and_cache_reference(
         q,

@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kubeinfer.kernels.cpu import library as cpu
+
 # Candidates looked at before the whole row is searched: most distributions are settled by their largest entries.
 _CANDIDATES = 1024
 
@@ -166,7 +168,7 @@ def sample_reference(
     any_min_p: bool = True,
 ) -> Tensor:
     """`sample` in torch."""
-    result = logits.argmax(-1)
+    result = cpu.argmax(logits) if cpu.usable(logits) and not logits.is_cuda else logits.argmax(-1)
     if not any_sampled:
         return result
     rows = torch.nonzero(temperature > 0).flatten()

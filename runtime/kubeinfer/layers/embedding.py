@@ -28,7 +28,7 @@ class VocabEmbedding:
 
     def finish_loading(self) -> None:
         """As an output head: put the weight into the form its kernel reads fastest."""
-        self._packed = pack_weight(self.weight, None)
+        self._packed = pack_weight(self.weight)
 
     def embed(self, ids: Tensor) -> Tensor:
         """``ids [T]`` -> ``[T, hidden]``."""

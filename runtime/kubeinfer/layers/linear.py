@@ -19,7 +19,9 @@ class Linear:
 
     def finish_loading(self) -> None:
         """Put the weight into the form its kernel reads fastest."""
-        self._packed = pack_weight(self.weight, self.bias)
+        self._packed = pack_weight(self.weight)
+        if self._packed is not None:
+            self.weight = self.weight.new_empty(0)  # only the packed form is kept
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, self._packed)

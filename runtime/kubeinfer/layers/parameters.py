@@ -53,19 +53,17 @@ class ParameterStore:
         self.group = group
         self.slots: dict[str, list[Slot]] = {}
         self.tensors: list[Tensor] = []
+        self.num_bytes = 0
 
     def empty(self, *shape: int) -> Tensor:
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
         self.tensors.append(tensor)
+        self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def expect(self, name: str, into: Tensor, dim: int | None = None, start: int = 0, length: int = 0) -> None:
         """Checkpoint tensor ``name`` (or its slice along ``dim``) belongs in ``into``."""
         self.slots.setdefault(name, []).append(Slot(into, dim, start, length))
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors)
 
     def wants(self, name: str) -> bool:
         return name in self.slots
@@ -90,6 +88,11 @@ class ParameterStore:
             raise ModelLoadError(f"the checkpoint lacks {_some(missing)}; it is incomplete or of another model.")
         if left_over:
             raise ModelLoadError(f"the checkpoint has tensors that this model has no place for: {_some(left_over)}.")
+
+    def release(self) -> None:
+        """Let go of the tensors: from now on they live as long as the layers that use them."""
+        self.tensors.clear()
+        self.slots.clear()
 
     def fill_random(self, seed: int) -> None:
         """Random weights of a sane scale, the same for a seed (load_format dummy)."""

@@ -70,10 +70,11 @@ class Worker:
 
             try:
                 store.load(
-                    iterate_tensors(config.path, self.options.load_format, wanted=None), model.optional_weights
+                    iterate_tensors(config.path, self.options.load_format, dtype=self.dtype), model.optional_weights
                 )
             except ModelLoadError as exc:
                 raise ModelLoadError(f"{config.path}: {exc}") from None
+        store.release()
         model.finish_loading()
         return model, store
 

@@ -1,17 +1,179 @@
-"""Our CPU kernels in C, if they were built and this processor has the instructions they need."""
+"""Our CPU kernels in C, if they were built and this processor has the instructions they need.
+
+``kernels.c`` is compiled when the package is installed. It shares torch's thread pool: its OpenMP symbols bind to the
+runtime that torch has loaded. Without the library, or on a processor without AVX512-BF16, every operation is torch's.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "ki_pack_linear": (None, [_POINTER, _INT, _INT, _POINTER]),
+    "ki_linear": (None, [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]),
+    "ki_rms_norm": (None, [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT]),
+    "ki_silu_and_mul": (None, [_POINTER, _POINTER, _INT, _INT]),
+    "ki_rope_and_cache": (
+        None,
+        [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT]
+        + [_POINTER, _POINTER, _FLOAT, _INT, _INT, _INT, _INT],
+    ),
+    "ki_attention": (
+        ctypes.c_int,
+        [_POINTER, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER]
+        + [_INT, _INT, _INT, _INT, _FLOAT, _INT],
+    ),
+    "ki_argmax": (None, [_POINTER, _INT, _INT, _INT, _POINTER]),
+}
+_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"}
+_PANEL = 32
+_MAX_HEAD_DIM = 256
+
+
+def _processor_flags() -> set[str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return set()
+
+
+@cache
+def library() -> Any:
+    """The loaded library, or None. ``KUBEINFER_CPU_KERNELS=0`` keeps to torch."""
+    if os.environ.get("KUBEINFER_CPU_KERNELS", "1") == "0" or not _processor_flags() >= _FLAGS:
+        return None
+    paths = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not paths:
+        logger.warning("the CPU kernels were not built (no C compiler at install time?): torch's slower ones are used")
+        return None
+    try:
+        loaded = ctypes.CDLL(str(paths[0]))
+    except OSError as exc:
+        logger.warning("the CPU kernels cannot be loaded (%s): torch's slower ones are used", exc)
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether the library serves these tensors: all bfloat16 on the CPU."""
+    return library() is not None and all(t is None or t.dtype == torch.bfloat16 for t in tensors)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def pack_linear(weight: Tensor) -> Tensor | None:
-    return None
+    """``weight [N, K]`` in panels of 32 outputs, or None where the kernel does not serve it."""
+    if not usable(weight) or weight.shape[1] % 2 or not weight.is_contiguous():
+        return None
+    out_features, in_features = weight.shape
+    panels = -(-out_features // _PANEL)
+    packed = torch.empty(panels * _PANEL * in_features, dtype=torch.bfloat16)
+    library().ki_pack_linear(weight.data_ptr(), out_features, in_features, packed.data_ptr())
+    return packed
 
 
-def prefers_packed(rows: int, out_features: int, in_features: int) -> bool:
-    return False
+def linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+    """``x [T, K]`` (rows contiguous) times a packed weight, plus ``bias``: bfloat16 ``[T, N]``."""
+    rows, in_features = x.shape
+    out = torch.empty(rows, out_features, dtype=torch.bfloat16)
+    library().ki_linear(
+        x.data_ptr(), x.stride(0), packed.data_ptr(), _address(bias), out.data_ptr(), out_features, rows,
+        out_features, in_features,
+    )  # fmt: skip
+    return out
 
 
-def linear_packed(x: Tensor, data: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
-    raise RuntimeError("the CPU kernel library is not there")
+def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """``norm(x + residual) * weight``; ``residual`` becomes the sum. ``x [T, H]``."""
+    rows, size = x.shape
+    out = torch.empty(rows, size, dtype=torch.bfloat16)
+    library().ki_rms_norm(
+        x.data_ptr(), x.stride(0), _address(residual), weight.data_ptr(), out.data_ptr(), rows, size, eps
+    )
+    return out
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """``x [T, 2I]`` -> ``[T, I]``."""
+    rows, size = x.shape[0], x.shape[1] // 2
+    out = torch.empty(rows, size, dtype=torch.bfloat16)
+    library().ki_silu_and_mul(x.data_ptr(), out.data_ptr(), rows, size)
+    return out
+
+
+def rope_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    slot_mapping: Tensor,
+    kv_cache: Tensor,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    eps: float,
+) -> bool:
+    """As `kubeinfer.kernels.rope.rope_and_cache`, but ``k`` is rotated in place too; False where it does not serve."""
+    if not usable(q, k, v, kv_cache) or positions.dtype != torch.int32 or slot_mapping.dtype != torch.int32:
+        return False
+    if not q.stride(0) == k.stride(0) == v.stride(0) or q.stride(1) != q.shape[2]:
+        return False
+    tokens, num_heads, head_dim = q.shape
+    rotary_dim = 0 if cos_sin is None else cos_sin.shape[1]
+    library().ki_rope_and_cache(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), positions.data_ptr(), _address(cos_sin), rotary_dim,
+        slot_mapping.data_ptr(), kv_cache.data_ptr(), kv_cache.shape[1], kv_cache.shape[3],
+        _address(q_norm_weight), _address(k_norm_weight), eps, tokens, num_heads, k.shape[1], head_dim,
+    )  # fmt: skip
+    return True
+
+
+def attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    scale: float,
+    sliding_window: int,
+) -> bool:
+    """As `kubeinfer.kernels.attention.paged_attention`; False where it does not serve."""
+    head_dim = q.shape[2]
+    if not usable(q, kv_cache, out) or head_dim % 2 or head_dim > _MAX_HEAD_DIM:
+        return False
+    num_heads, num_kv_heads = q.shape[1], kv_cache.shape[2]
+    failed = library().ki_attention(
+        q.data_ptr(), q.stride(0), kv_cache.data_ptr(), kv_cache.shape[1], kv_cache.shape[3], query_start.data_ptr(),
+        seq_lens.data_ptr(), block_table.data_ptr(), block_table.stride(0), out.data_ptr(), seq_lens.shape[0],
+        num_heads, num_kv_heads, head_dim, scale, sliding_window,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the attention kernel's scratch space")
+    return True
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Index of the first largest entry of each row of ``logits [B, V]``: int64 ``[B]``."""
+    out = torch.empty(logits.shape[0], dtype=torch.int64)
+    library().ki_argmax(logits.data_ptr(), logits.stride(0), logits.shape[0], logits.shape[1], out.data_ptr())
+    return out

@@ -318,9 +318,9 @@ class _Fetch:
     ) -> None:
         """Note which revision a complete folder is at; one that cannot be written is as good without."""
         at = (resolved.source.repo_uri, resolved.revision)
-        if old is not None and (old.source, old.revision) == at:
-            if {f.path for f in files} <= {f.path for f in old.files}:
-                return
+        known = {f.path for f in old.files} if old is not None and (old.source, old.revision) == at else set()
+        if {f.path for f in files} <= known:
+            return
         with suppress(OSError):
             self._manifest(layout, resolved, files, {}, old).write(layout.manifest_path)
 

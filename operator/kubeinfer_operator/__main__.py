@@ -1,0 +1,41 @@
+"""``python -m kubeinfer_operator``: the operator's process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+
+from kubeinfer_operator.config import Settings, read_settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run until SIGTERM. Returns the exit code."""
+    # A container's bare user id has no name, and kopf asks for one.
+    os.environ.setdefault("LOGNAME", "kubeinfer")
+    settings = read_settings(sys.argv[1:] if argv is None else argv)
+    import kopf
+
+    kopf.configure(log_format=kopf.LogFormat.JSON if settings.log_format == "json" else kopf.LogFormat.PLAIN)
+    # kopf tells of each event it hands on; at a thousand models that is noise.
+    for name in ("kopf.objects", "kopf._core", "kopf._kits", "kopf._cogs"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return asyncio.run(_run(settings))
+
+
+async def _run(settings: Settings) -> int:
+    from kubeinfer_operator.app import Operator
+    from kubeinfer_operator.kube import Kube
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await Operator(settings, await Kube.connect()).run(stop)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

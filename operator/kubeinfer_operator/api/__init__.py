@@ -1,0 +1,1 @@
+"""The InferenceModel resource: its Python model, its rules and its schema."""

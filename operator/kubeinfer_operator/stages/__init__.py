@@ -1,0 +1,1 @@
+"""The stages of a reconcile, in the order of a model's life: accept, weights, runtime."""

@@ -1,0 +1,129 @@
+"""Which pod template to run: the one that the spec asks for, or the last good one after that has failed.
+
+A ControllerRevision records each template when it is first rolled out, and what became of it. The records are all that
+the operator remembers: it can be killed between any two writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kubeinfer_operator import names
+from kubeinfer_operator.kube import PODS, REVISIONS, Manifest
+from kubeinfer_operator.outcome import Annotate, Delete, Outcome
+from kubeinfer_operator.pods import Problem, container_status, is_leaving, is_ready, problem
+from kubeinfer_operator.store import key_of
+from kubeinfer_operator.world import World
+
+GOOD = "good"
+FAILED = "failed"
+CRASHES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why the wanted revision was taken back."""
+
+    message: str
+
+
+def revision_of(obj: Manifest | None) -> str | None:
+    """The revision that an object is labelled with."""
+    return (obj["metadata"].get("labels") or {}).get(names.LABEL_REVISION) if obj is not None else None
+
+
+def _outcome(record: Manifest) -> str | None:
+    return (record["metadata"].get("labels") or {}).get(names.LABEL_OUTCOME)
+
+
+def records_of(world: World, model: Manifest) -> list[Manifest]:
+    """Records of this model (by uid), the newest first."""
+    namespace, name = key_of(model)
+    uid = model["metadata"]["uid"]
+    mine = [
+        record
+        for record in world.of_model(REVISIONS, namespace, name)
+        if any(ref.get("uid") == uid for ref in record["metadata"].get("ownerReferences") or [])
+    ]
+    return sorted(mine, key=lambda r: (int(r.get("revision", 0)), r["metadata"]["name"]), reverse=True)
+
+
+def failure_of(record: Manifest | None, generation: int) -> Failure | None:
+    """The failure recorded for this generation of the spec; an older one is tried anew."""
+    if record is None or _outcome(record) != FAILED:
+        return None
+    notes = record["metadata"].get("annotations") or {}
+    if notes.get(names.ANNOTATION_GENERATION) != str(generation):
+        return None
+    return Failure(notes.get(names.ANNOTATION_MESSAGE, "it did not become ready"))
+
+
+def last_good(records: list[Manifest], but: str) -> Manifest | None:
+    """The newest record that once served, other than ``but``."""
+    return next((r for r in records if _outcome(r) == GOOD and revision_of(r) != but), None)
+
+
+def mark(record: Manifest, outcome: str, out: Outcome, *, generation: int = 0, message: str = "") -> None:
+    """Write down what became of a template."""
+    if _outcome(record) == outcome and outcome == GOOD:
+        return
+    namespace, name = key_of(record)
+    notes: dict[str, Any] = {names.ANNOTATION_GENERATION: None, names.ANNOTATION_MESSAGE: None}
+    if outcome == FAILED:
+        notes = {names.ANNOTATION_GENERATION: str(generation), names.ANNOTATION_MESSAGE: message[:1000]}
+    out.actions.append(
+        Annotate(REVISIONS, namespace, name, {"labels": {names.LABEL_OUTCOME: outcome}, "annotations": notes})
+    )
+
+
+def prune(records: list[Manifest], keep: set[str], out: Outcome) -> None:
+    """Forget records that nothing can go back to."""
+    for record in records:
+        if revision_of(record) not in keep and not is_leaving(record):
+            namespace, name = key_of(record)
+            out.actions.append(Delete(REVISIONS, namespace, name, record["metadata"]["uid"]))
+
+
+def runtime_pods(world: World, model: Manifest, revision: str | None = None) -> list[Manifest]:
+    """Runtime pods of a model, of one revision if given."""
+    namespace, name = key_of(model)
+    pods = [
+        pod
+        for pod in world.of_model(PODS, namespace, name)
+        if (pod["metadata"].get("labels") or {}).get(names.LABEL_COMPONENT) == names.COMPONENT_RUNTIME
+    ]
+    return [pod for pod in pods if revision is None or revision_of(pod) == revision]
+
+
+def pods_problem(pods: list[Manifest]) -> Problem | None:
+    """The problem of the first pod that has one; fatal ones first."""
+    found = [p for pod in pods if not is_leaving(pod) and (p := problem(pod, "runtime")) is not None]
+    return next((p for p in found if p.fatal), found[0] if found else None)
+
+
+def crashing(pods: list[Manifest]) -> bool:
+    """Whether a pod that was never ready has ended again and again."""
+    for pod in pods:
+        status = container_status(pod, "runtime")
+        if (
+            status is not None
+            and int(status.get("restartCount", 0)) >= CRASHES
+            and not is_ready(pod)
+            and not is_leaving(pod)
+        ):
+            return True
+    return False
+
+
+def given_up(deployment: Manifest) -> bool:
+    """Whether the Deployment controller has waited out the progress deadline."""
+    status = deployment.get("status", {})
+    if status.get("observedGeneration", 0) < deployment["metadata"].get("generation", 0):
+        return False
+    return any(
+        c["type"] == "Progressing"
+        and c["status"] == "False"
+        and c.get("reason") == "ProgressDeadlineExceeded"
+        for c in status.get("conditions") or []
+    )

@@ -48,7 +48,12 @@ def build_app(state: ServerState, *, legacy_only: bool = False) -> ASGIApp:
         version=__version__,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
-        exception_handlers={HTTPException: _http_error, ApiError: _own_error, KubeinferError: _own_error},
+        exception_handlers={
+            HTTPException: _http_error,
+            ApiError: _own_error,
+            KubeinferError: _own_error,
+            Exception: _own_error,
+        },
     )
     app.state.server = state
     routers = [health.router, legacy.router]

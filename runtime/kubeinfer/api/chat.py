@@ -19,6 +19,7 @@ from kubeinfer.api.schema import json_body
 from kubeinfer.api.state import state_of
 from kubeinfer.api.streams import ChatStream
 from kubeinfer.errors import RequestError
+from kubeinfer.text.tokenizer import Tokenizer
 
 router = APIRouter()
 
@@ -70,6 +71,7 @@ async def create_chat_completion(request: Request) -> Response:
         encoder = ChatStream(
             role=role,
             echo=echo,
+            piece_bytes=state.engine.tokenizer.piece_bytes,
             response_id=f"chatcmpl-{base_id}",
             model=model,
             created=created,
@@ -90,7 +92,7 @@ async def create_chat_completion(request: Request) -> Response:
         "object": "chat.completion",
         "created": created,
         "model": model,
-        "choices": _choices(body, collection, role, echo, logprobs),
+        "choices": _choices(body, collection, role, echo, logprobs, state.engine.tokenizer),
         "usage": collection.usage.as_dict(),
     }
     if source is not None and body.prompt_logprobs is not None:
@@ -101,7 +103,12 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 def _choices(
-    body: ChatCompletionRequest, done: Collection, role: str, echo: str, logprobs: int | None
+    body: ChatCompletionRequest,
+    done: Collection,
+    role: str,
+    echo: str,
+    logprobs: int | None,
+    tokenizer: Tokenizer,
 ) -> list[dict[str, Any]]:
     choices = []
     for index, choice in enumerate(done.choices):
@@ -111,7 +118,11 @@ def _choices(
             "logprobs": None
             if logprobs is None
             else chat_logprobs(
-                choice.token_ids, choice.logprobs, logprobs, bool(body.return_tokens_as_token_ids)
+                choice.token_ids,
+                choice.logprobs,
+                logprobs,
+                bool(body.return_tokens_as_token_ids),
+                tokenizer.piece_bytes,
             ),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,

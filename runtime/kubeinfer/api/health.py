@@ -15,7 +15,7 @@ router = APIRouter()
 
 
 @router.get("/health")
-@router.api_route("/ping", methods=["GET", "POST"])
+@router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 while requests are taken; 503 with the reason while draining and once the engine has died."""
     refusal = state_of(request).refusal()

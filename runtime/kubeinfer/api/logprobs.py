@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from kubeinfer.outputs import Logprob
@@ -25,12 +26,21 @@ def _top(position: Position, count: int) -> list[tuple[int, Logprob]]:
     return ranked if count < 0 else ranked[:count]
 
 
-def chat_logprobs(token_ids: list[int], logprobs: list[Position], top: int, as_ids: bool) -> dict[str, Any]:
-    """``choices[].logprobs`` of a chat completion. ``top``: alternatives a position, -1 for all."""
+def chat_logprobs(
+    token_ids: list[int],
+    logprobs: list[Position],
+    top: int,
+    as_ids: bool,
+    piece_bytes: Callable[[int], bytes],
+) -> dict[str, Any]:
+    """``choices[].logprobs`` of a chat completion. ``top``: alternatives a position, -1 for all.
+
+    ``piece_bytes`` gives a token's own bytes, as a token may be a part of a character.
+    """
 
     def entry(token_id: int, logprob: Logprob | None) -> dict[str, Any]:
         text = token_text(token_id, logprob, as_ids)
-        return {"token": text, "logprob": _value(logprob), "bytes": list(text.encode("utf-8", "replace"))}
+        return {"token": text, "logprob": _value(logprob), "bytes": list(piece_bytes(token_id))}
 
     content = []
     for token_id, position in zip(token_ids, logprobs):

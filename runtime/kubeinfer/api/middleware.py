@@ -72,7 +72,7 @@ class Gate:
             if error.status == 500:
                 _logger.error("Request %s failed.", request_id, exc_info=exc)
             if started:
-                raise
+                return  # uvicorn closes the connection of an answer that is not complete
             await error_response(error)(scope, receive, send_with_id)
 
     def _admit(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -160,10 +161,11 @@ class ChatStream(_SseEncoder):
     _object = "chat.completion.chunk"
     _text_end = b"}"
 
-    def __init__(self, *, role: str, echo: str, **common: Any):
+    def __init__(self, *, role: str, echo: str, piece_bytes: Callable[[int], bytes], **common: Any):
         super().__init__(**common)
         self.role = role
         self.echo = echo
+        self.piece_bytes = piece_bytes
 
     def _open(self, delta: CompletionOutput, item: RequestOutput) -> bytes:
         index = delta.index
@@ -179,4 +181,6 @@ class ChatStream(_SseEncoder):
         return choice + _json(opening)[1:] + end + self._usage_part() + b"}\n\n"
 
     def _logprobs(self, delta: CompletionOutput) -> Any:
-        return chat_logprobs(delta.token_ids, delta.logprobs or [], self.logprobs or 0, self.tokens_as_ids)
+        return chat_logprobs(
+            delta.token_ids, delta.logprobs or [], self.logprobs or 0, self.tokens_as_ids, self.piece_bytes
+        )

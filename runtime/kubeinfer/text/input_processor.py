@@ -13,7 +13,7 @@ import msgspec
 from kubeinfer.engine.messages import EngineRequest
 from kubeinfer.errors import RequestError
 from kubeinfer.sampling_params import SamplingParams
-from kubeinfer.text.tokenizer import Tokenizer
+from kubeinfer.text.tokenizer import LONG_TEXT, Tokenizer
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 
@@ -118,7 +118,9 @@ class InputProcessor:
         encoded: dict[int, list[int]] = {}
         if len(plain) > 1:
             try:
-                encoded = dict(zip(plain, self.tokenizer.encode_batch([str(prompts[index]) for index in plain])))
+                encoded = dict(
+                    zip(plain, self.tokenizer.encode_batch([str(prompts[index]) for index in plain]))
+                )
             except (UnicodeEncodeError, TypeError):
                 pass  # one of them is no text; one by one it is found
         arrival = time.time()
@@ -141,7 +143,7 @@ class InputProcessor:
             )
         return result
 
-    def is_long(self, prompt: Prompt, characters: int = 4096) -> bool:
+    def is_long(self, prompt: Prompt, characters: int = LONG_TEXT) -> bool:
         """Whether tokenizing takes long enough to be worth a thread of its own."""
         if isinstance(prompt, Mapping):
             prompt = prompt.get("prompt") or ""

@@ -21,6 +21,9 @@ from kubeinfer.text.token_decoder import DecodeStream, TokenDecoder, WindowDecod
 
 ChatTemplates = dict[str, str]  # by name; "default" is the one used when none is named
 
+# Characters from which on a text is tokenized by the call that lets other threads run (encode() holds the GIL).
+LONG_TEXT = 2048
+
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # Classes that add nothing to what a byte-level tokenizer.json says.
 _PLAIN_CLASSES = {
@@ -96,6 +99,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written in the text are recognised."""
         if self._backend is not None:
+            if len(text) > LONG_TEXT:
+                return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return list(self._hf.encode(text, add_special_tokens=add_special_tokens))
 

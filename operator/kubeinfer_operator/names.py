@@ -20,7 +20,6 @@ LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 LABEL_NAME = "app.kubernetes.io/name"
 MANAGED_BY = "kubeinfer-operator"
 ANNOTATION_APPLIED = f"{GROUP}/applied"
-ANNOTATION_GENERATION = f"{GROUP}/failed-generation"
 ANNOTATION_MESSAGE = f"{GROUP}/message"
 
 COMPONENT_RUNTIME = "runtime"

@@ -70,4 +70,5 @@ class WorkQueue:
     def oldest(self) -> float:
         """Seconds for which the longest waiting key has been due."""
         now = time.monotonic()
-        return max((now - when for key, when in self._due.items() if key not in self._busy), default=0.0)
+        waits = [now - when for key, when in self._due.items() if key not in self._busy]
+        return max(waits, default=0.0) if waits and max(waits) > 0 else 0.0

@@ -49,13 +49,11 @@ def records_of(world: World, model: Manifest) -> list[Manifest]:
     return sorted(mine, key=lambda r: (int(r.get("revision", 0)), r["metadata"]["name"]), reverse=True)
 
 
-def failure_of(record: Manifest | None, generation: int) -> Failure | None:
-    """The failure recorded for this generation of the spec; an older one is tried anew."""
+def failure_of(record: Manifest | None) -> Failure | None:
+    """The failure recorded for a template. It stands until the spec asks for another template and that one serves."""
     if record is None or _outcome(record) != FAILED:
         return None
     notes = record["metadata"].get("annotations") or {}
-    if notes.get(names.ANNOTATION_GENERATION) != str(generation):
-        return None
     return Failure(notes.get(names.ANNOTATION_MESSAGE, "it did not become ready"))
 
 
@@ -64,14 +62,14 @@ def last_good(records: list[Manifest], but: str) -> Manifest | None:
     return next((r for r in records if _outcome(r) == GOOD and revision_of(r) != but), None)
 
 
-def mark(record: Manifest, outcome: str, out: Outcome, *, generation: int = 0, message: str = "") -> None:
+def mark(record: Manifest, outcome: str, out: Outcome, *, message: str = "") -> None:
     """Write down what became of a template."""
     if _outcome(record) == outcome and outcome == GOOD:
         return
     namespace, name = key_of(record)
-    notes: dict[str, Any] = {names.ANNOTATION_GENERATION: None, names.ANNOTATION_MESSAGE: None}
+    notes: dict[str, Any] = {names.ANNOTATION_MESSAGE: None}
     if outcome == FAILED:
-        notes = {names.ANNOTATION_GENERATION: str(generation), names.ANNOTATION_MESSAGE: message[:1000]}
+        notes = {names.ANNOTATION_MESSAGE: message[:1000]}
     out.actions.append(
         Annotate(REVISIONS, namespace, name, {"labels": {names.LABEL_OUTCOME: outcome}, "annotations": notes})
     )

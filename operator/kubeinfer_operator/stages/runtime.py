@@ -94,7 +94,7 @@ def run_runtime(
     else:
         template = record["data"]["template"]
 
-    failure = revisions.failure_of(record, generation)
+    failure = revisions.failure_of(record)
     good = revisions.last_good(records, wanted)
     if (
         failure is None
@@ -103,7 +103,7 @@ def run_runtime(
         and record is not None
         and good is not None
     ):
-        failure = _check_failed(model, world, deployment, record, generation, out)
+        failure = _check_failed(model, world, deployment, record, out)
     rolled_back = None
     runs = wanted
     if failure is not None and good is not None:
@@ -132,7 +132,7 @@ def _answered(model: Manifest, world: World) -> bool:
 
 
 def _check_failed(
-    model: Manifest, world: World, deployment: Manifest, record: Manifest, generation: int, out: Outcome
+    model: Manifest, world: World, deployment: Manifest, record: Manifest, out: Outcome
 ) -> revisions.Failure | None:
     """Whether the revision that is being rolled out has to be taken back now."""
     pods = revisions.runtime_pods(world, model, revisions.revision_of(record))
@@ -141,7 +141,7 @@ def _check_failed(
         return None
     found = revisions.pods_problem(pods)
     why = found.message if found else "its pods did not become ready within spec.rollout.progressDeadline"
-    revisions.mark(record, revisions.FAILED, out, generation=generation, message=why)
+    revisions.mark(record, revisions.FAILED, out, message=why)
     return revisions.Failure(why)
 
 
@@ -194,7 +194,8 @@ def _finding(
         return no(
             RUNTIME_READY,
             "RolledBack",
-            f"the change failed and was taken back, the revision before serves: {rolled_back}. Change the spec to try again.",
+            f"the change failed and was taken back, the revision before serves: {rolled_back}. "
+            "Change the spec, or set another spec.rollout.restartedAt to try the same again.",
         )
     if deployment is None and held:
         return unknown(RUNTIME_READY, "Pending", "waiting for the weights")

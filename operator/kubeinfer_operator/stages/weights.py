@@ -289,6 +289,8 @@ class _Stage:
         total = self.weights.get("total")
         if "Complete" in conditions:
             self.weights |= {"bytes": total, "progress": "100%"}
+            # What was found of the claim on the way no longer matters.
+            self.out.findings = [f for f in self.out.findings if f.type != WEIGHTS_READY]
             said = f"{self.weights['source']} at {self.weights['revision'][:12]}"
             if total:
                 said += f", {format_bytes(total)}"

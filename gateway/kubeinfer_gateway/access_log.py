@@ -51,5 +51,6 @@ def set_up_logging(level: str, fmt: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    logging.getLogger("uvicorn").setLevel("WARNING")
+    # uvicorn warns of each odd request; whoever can send requests could fill the log.
+    logging.getLogger("uvicorn").setLevel("ERROR")
     logging.getLogger("uvicorn.access").disabled = True

@@ -65,7 +65,7 @@ class RequestBody:
 def _messages_prefix(raw: msgspec.Raw, length: int) -> bytes:
     try:
         messages = _messages.decode(raw)
-    except (msgspec.DecodeError, UnicodeError):
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
         return bytes(memoryview(raw)[:length])
     prefix = bytearray()
     for message in messages:
@@ -82,7 +82,7 @@ def read_body(body: bytes | bytearray) -> RequestBody:
     try:
         fields = _peek.decode(body)
         model = _string.decode(fields.model) if fields.model else None
-    except (msgspec.DecodeError, UnicodeError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         return _read_slowly(body, error)
     return RequestBody(model, bytes(memoryview(fields.stream)[:5]).strip() == b"true", fields)
 

@@ -158,7 +158,7 @@ def parse_entries(sources: Mapping[str, bytes]) -> tuple[list[KeyEntry], list[st
     for name, text in sorted(sources.items()):
         try:
             read = _entry.decode(text)
-        except (msgspec.DecodeError, UnicodeError) as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             problems.append(f"{name}: {error}")
             continue
         entries += read if isinstance(read, list) else [read]

@@ -79,7 +79,6 @@ class Exchange:
         "endpoint",
         "error",
         "first_byte",
-        "head",
         "key",
         "model",
         "model_name",
@@ -112,7 +111,6 @@ class Exchange:
         self.key: ApiKey | None = None
         self.endpoint: Endpoint | None = None
         self.connection: UpstreamConnection | None = None
-        self.head: ResponseHead | None = None
         self.sse = False
         self.status = 0
         self.error: str | None = None
@@ -435,7 +433,7 @@ class Proxy:
                     code="upstream_timeout",
                 ) from None
             self._judge(exchange, model, endpoint, head)
-            exchange.head = head
+            exchange.error = None  # of an attempt before this one
             exchange.first_byte = time.monotonic() - exchange.start
             self._drop_body(exchange)
             await self._stream(exchange, model, endpoint, connection, head)

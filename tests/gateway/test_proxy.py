@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+
 from kubeinfer_gateway.registry import EndpointSpec, ModelSpec
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -289,7 +290,7 @@ async def test_framings(bench: Any, answer: bytes, close: bool, version: str) ->
     head, _, body = got.partition(b"\r\n\r\n")
     if b"transfer-encoding: chunked" in head.lower():
         assert version == "1.1"
-        assert body.endswith(b"0\r\n\r\n") or body.endswith(b"trailer: x\r\n\r\n")
+        assert body.endswith((b"0\r\n\r\n", b"trailer: x\r\n\r\n"))
         assert body.replace(b"2\r\nhe\r\n3;x=y\r\nllo", b"5\r\nhello").startswith(b"5\r\nhello\r\n0\r\n")
     else:
         assert body == b"hello"

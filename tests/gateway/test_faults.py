@@ -1,0 +1,541 @@
+"""Endpoints that fail, leave and come back; clients that leave or read slowly; and the gateway's own end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from kubeinfer_gateway.registry import EndpointSpec, ModelSpec
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+async def eventually(check: Any, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        if time.monotonic() > deadline:
+            raise AssertionError("did not come true in time")
+        await asyncio.sleep(0.01)
+
+
+async def test_a_dead_endpoint_is_passed_over(bench: Any) -> None:
+    runtime = await bench.runtime()
+    await bench.start(eject_after=2, eject_seconds=60)
+    dead = EndpointSpec("dead", "127.0.0.1", free_port())
+    live = EndpointSpec("live", "127.0.0.1", runtime.port)
+    bench.gateway.registry.put(ModelSpec("default/m", ("m",), 1.0, (dead, live)))
+    for number in range(20):
+        async with bench.chat(text=f"text {number}") as response:
+            assert response.status == 200
+    endpoints = bench.gateway.registry.models["default/m"].endpoints
+    assert endpoints["dead"].ejected_until > time.monotonic()
+    assert endpoints["live"].ejected_until == 0
+    async with bench.client.get(bench.internal + "/metrics") as response:
+        text = await response.text()
+    assert 'kubeinfer_gateway:upstream_errors_total{kind="connect",model="default/m"} 2.0' in text
+    assert 'kubeinfer_gateway:endpoints_ejected{model="default/m"} 1.0' in text
+
+
+async def test_no_endpoint_can_be_reached(bench: Any) -> None:
+    await bench.start(retries=2)
+    dead = EndpointSpec("dead", "127.0.0.1", free_port())
+    bench.gateway.registry.put(ModelSpec("default/m", ("m",), 1.0, (dead,)))
+    async with bench.chat() as response:
+        assert response.status == 502
+        assert response.headers["retry-after"] == "1"
+        assert (await response.json())["error"]["code"] == "upstream_unreachable"
+
+
+async def test_an_endpoint_that_comes_back_in_time_answers(bench: Any) -> None:
+    """A runtime's container restarts in place: its address refuses connections for a moment."""
+    runtime = await bench.runtime()
+    await bench.start()
+    bench.serve("m", runtime)
+    async with bench.chat() as response:
+        assert response.status == 200
+    await runtime.stop()
+    request = asyncio.create_task(bench.chat().__aenter__())
+    await asyncio.sleep(0.4)
+    await runtime.start(runtime.port)
+    response = await request
+    assert response.status == 200
+    response.release()
+
+
+async def test_an_idle_connection_that_was_closed_costs_no_request(bench: Any) -> None:
+    runtime = await bench.runtime()
+    await bench.start(retries=0)
+    bench.serve("m", runtime)
+    for _ in range(5):
+        async with bench.chat() as response:
+            assert response.status == 200
+        for connection in list(runtime._runner.server.connections):
+            connection.transport.abort()  # the gateway sees it only when it sends
+
+
+async def test_a_draining_endpoint_gets_no_more(bench: Any) -> None:
+    leaving = await bench.runtime(name="leaving")
+    staying = await bench.runtime(name="staying")
+    await bench.start()
+    bench.serve("m", leaving, staying)
+    leaving.draining = True
+    for number in range(20):
+        async with bench.chat(text=f"text {number}") as response:
+            assert response.status == 200
+    assert len(leaving.requests) == 1  # one was refused, and told the gateway
+
+
+async def test_the_only_endpoint_drains_and_another_follows(bench: Any) -> None:
+    leaving = await bench.runtime(name="leaving", draining=True)
+    following = await bench.runtime(name="following")
+    await bench.start()
+    bench.serve("m", leaving)
+    request = asyncio.create_task(bench.chat().__aenter__())
+    await asyncio.sleep(0.5)
+    assert not request.done()
+    bench.serve("m", following)
+    response = await request
+    assert response.status == 200
+    response.release()
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+async def test_refusals_go_to_another_endpoint(bench: Any, status: int) -> None:
+    bad = await bench.runtime(name="bad", status=status)
+    good = await bench.runtime(name="good")
+    await bench.start()
+    bench.serve("m", bad, good)
+    for number in range(20):
+        async with bench.chat(text=f"text {number}") as response:
+            assert response.status == 200
+    bench.serve("m", bad)
+    async with bench.chat() as response:
+        assert response.status == status
+        assert (await response.json())["error"]["message"] == f"status {status}"
+
+
+async def test_terminating_under_load_fails_nothing(bench: Any) -> None:
+    """Endpoints leave and join by discovery while streams run; those that left finish theirs."""
+    runtimes = [await bench.runtime(name=f"r{number}", tokens=10, pause=0.01) for number in range(4)]
+    await bench.start()
+    bench.serve("m", *runtimes)
+    results: list[tuple[int, bool]] = []
+    stop = False
+
+    async def client(number: int) -> None:
+        while not stop:
+            async with bench.chat(text=f"user {number}", stream=True) as response:
+                body = await response.read()
+                results.append((response.status, body.endswith(b"data: [DONE]\n\n")))
+
+    clients = [asyncio.create_task(client(number)) for number in range(40)]
+    begin = time.monotonic()
+    turn = 0
+    while time.monotonic() - begin < 4:
+        gone = runtimes[turn % 4]
+        bench.serve("m", *(runtime for runtime in runtimes if runtime is not gone))
+        await asyncio.sleep(0.02)
+        before = len(gone.requests)
+        await asyncio.sleep(0.2)
+        assert len(gone.requests) == before  # nothing new once it is leaving
+        bench.serve("m", *runtimes)
+        turn += 1
+    stop = True
+    await asyncio.gather(*clients)
+    assert len(results) > 500
+    assert set(results) == {(200, True)}
+    assert bench.gateway.registry.models["default/m"].inflight == 0
+
+
+async def test_crashing_under_load_fails_only_what_had_begun(bench: Any) -> None:
+    """A runtime dies and restarts over and over: requests that had no byte yet go elsewhere."""
+    stable = await bench.runtime(name="stable", delay=0.02)
+    crashing = await bench.runtime(name="crashing", delay=0.02)
+    await bench.start(eject_seconds=0.1)
+    bench.serve("m", stable, crashing)
+    stop = False
+    statuses: list[int] = []
+
+    async def client(number: int) -> None:
+        while not stop:
+            async with bench.chat(text=f"user {number}") as response:
+                await response.read()
+                statuses.append(response.status)
+
+    clients = [asyncio.create_task(client(number)) for number in range(20)]
+    for _ in range(4):
+        await asyncio.sleep(0.3)
+        for connection in list(crashing._runner.server.connections):
+            connection.transport.abort()
+        await crashing.stop()
+        await asyncio.sleep(0.3)
+        await crashing.start(crashing.port)
+    stop = True
+    await asyncio.gather(*clients)
+    assert len(statuses) > 200
+    assert set(statuses) == {200}
+    assert len(crashing.requests) > 10
+
+
+async def test_a_stream_that_breaks_off_says_so(bench: Any) -> None:
+    runtime = await bench.runtime(tokens=10, break_after=3, pause=0.01)
+    await bench.start()
+    bench.serve("m", runtime)
+    async with bench.chat(stream=True) as response:
+        assert response.status == 200
+        body = b""
+        whole = True
+        try:
+            async for data in response.content.iter_any():
+                body += data
+        except aiohttp.ClientPayloadError:
+            whole = False
+    assert not whole
+    assert body.count(b'"delta"') == 3
+    error = json.loads(body.rstrip().rpartition(b"data: ")[2])["error"]
+    assert (error["code"], error["status"]) == ("upstream_broke_off", 502)
+    assert b"[DONE]" not in body
+
+
+async def test_an_endpoint_that_goes_silent(bench: Any) -> None:
+    runtime = await bench.runtime(tokens=3, pause=30)
+    await bench.start(idle_timeout=0.5, first_byte_timeout=0.5)
+    bench.serve("m", runtime)
+    begin = time.monotonic()
+    async with bench.chat(stream=True) as response:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
+    runtime.delay = 30
+    async with bench.chat(stream=True) as response:
+        assert response.status == 504
+        assert (await response.json())["error"]["code"] == "upstream_timeout"
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("delay", [0.0, 30.0])
+async def test_a_client_that_leaves_cancels_upstream(bench: Any, delay: float) -> None:
+    runtime = await bench.runtime(tokens=10_000, pause=0.01, delay=delay)
+    await bench.start()
+    bench.serve("m", runtime)
+    clients = [asyncio.create_task(_read(bench)) for _ in range(20)]
+    await eventually(lambda: runtime.running == 20)
+    await asyncio.sleep(0.2)
+    for client in clients:
+        client.cancel()
+    begin = time.monotonic()
+    await asyncio.gather(*clients, return_exceptions=True)
+    await eventually(lambda: runtime.running == 0)
+    assert time.monotonic() - begin < 1.0
+    assert runtime.cancelled == 20
+    assert bench.gateway.proxy.active == 0
+    model = bench.gateway.registry.models["default/m"]
+    assert model.inflight == 0
+    assert all(endpoint.inflight == 0 for endpoint in model.endpoints.values())
+
+
+async def _read(bench: Any) -> None:
+    async with bench.chat(stream=True) as response:
+        await response.read()
+
+
+async def test_a_client_that_leaves_while_it_waits(bench: Any) -> None:
+    await bench.start()
+    bench.serve("m")
+    client = asyncio.create_task(_read(bench))
+    await eventually(lambda: bench.gateway.registry.waiting() == 1)
+    client.cancel()
+    await eventually(lambda: bench.gateway.registry.waiting() == 0, 1)
+    assert bench.gateway.proxy.buffered == 0
+
+
+def _rss() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+async def test_a_slow_client_does_not_grow_memory(bench: Any) -> None:
+    """200 MB wait at the runtime; the client reads nothing: the runtime is held back, not the gateway's memory."""
+    runtime = await bench.runtime(tokens=2000, token_size=100_000)
+    await bench.start(write_timeout=3)
+    bench.serve("m", runtime)
+    reader, writer = await asyncio.open_connection("127.0.0.1", bench.gateway.port, limit=1024)
+    body = json.dumps({"model": "m", "messages": [], "stream": True}).encode()
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
+    await reader.readexactly(100)
+    await asyncio.sleep(0.5)
+    before, sent = _rss(), runtime.sent
+    await asyncio.sleep(1.0)
+    assert runtime.sent == sent  # nobody moves
+    assert runtime.sent < 200
+    assert _rss() - before < 8 << 20
+    (stream,) = next(iter(bench.gateway._servers[0][0].server_state.connections)).streams
+    assert stream.protocol.transport.get_write_buffer_size() < 1 << 20
+    # Reading on lets it go on.
+    await reader.readexactly(20_000_000)
+    assert runtime.sent > sent
+    # A client that has stopped for good is dropped, and the runtime freed.
+    await eventually(lambda: runtime.running == 0, 8)
+    writer.close()
+
+
+async def test_a_slow_client_gets_everything(bench: Any) -> None:
+    runtime = await bench.runtime(tokens=100, token_size=50_000)
+    await bench.start()
+    bench.serve("m", runtime)
+    size = 0
+    async with bench.chat(stream=True) as response:
+        async for data in response.content.iter_chunked(65536):
+            size += len(data)
+            tail = data[-14:]
+            await asyncio.sleep(0.002)
+    assert tail == b"data: [DONE]\n\n"
+    assert size > 5_000_000
+
+
+async def test_the_session_header_keeps_a_session_together(bench: Any) -> None:
+    runtimes = [await bench.runtime(name=f"r{number}") for number in range(4)]
+    await bench.start()
+    bench.serve("m", *runtimes)
+    for number in range(12):
+        async with bench.chat(text=f"text {number}", headers={"x-session-id": "s"}) as response:
+            assert response.status == 200
+    assert sorted(len(runtime.requests) for runtime in runtimes) == [0, 0, 0, 12]
+    for number in range(40):
+        async with bench.chat(text=f"text {number}") as response:
+            assert response.status == 200
+    assert sum(bool(runtime.requests) for runtime in runtimes) == 4
+
+
+async def test_least_load(bench: Any) -> None:
+    runtimes = [await bench.runtime(name=f"r{number}", delay=0.5) for number in range(4)]
+    await bench.start(routing="least-load")
+    bench.serve("m", *runtimes)
+    await asyncio.gather(*(_status(bench) for _ in range(12)))
+    assert [len(runtime.requests) for runtime in runtimes] == [3, 3, 3, 3]
+
+
+async def _status(bench: Any, **body: Any) -> tuple[int, str | None, bytes]:
+    async with bench.chat(**body) as response:
+        return response.status, response.headers.get("retry-after"), await response.read()
+
+
+# Scale to zero
+
+
+async def test_requests_wait_for_a_replica(bench: Any) -> None:
+    runtime = await bench.runtime(tokens=3)
+    await bench.start()
+    bench.serve("m")
+    requests = [asyncio.create_task(_status(bench, stream=bool(number % 2))) for number in range(20)]
+    await eventually(lambda: bench.gateway.registry.waiting() == 20)
+    async with bench.client.get(bench.internal + "/demand") as response:
+        demand = await response.json()
+    assert demand == {
+        "models": {
+            "default/m": {
+                "waiting": 20,
+                "inflight": 0,
+                "last_request": demand["models"]["default/m"]["last_request"],
+            }
+        }
+    }
+    assert abs(demand["models"]["default/m"]["last_request"] - time.time()) < 5
+    bench.serve("m", runtime)
+    assert {status for status, _, _ in await asyncio.gather(*requests)} == {200}
+    assert bench.gateway.registry.waiting() == 0
+
+
+async def test_the_queue_is_bounded(bench: Any) -> None:
+    runtime = await bench.runtime()
+    await bench.start(queue_size=5)
+    bench.serve("m")
+    requests = [asyncio.create_task(_status(bench)) for _ in range(8)]
+    begin = time.monotonic()
+    await eventually(lambda: sum(request.done() for request in requests) == 3)
+    assert time.monotonic() - begin < 1
+    refused = [request.result() for request in requests if request.done()]
+    assert {(status, retry) for status, retry, _ in refused} == {(429, "5")}
+    assert json.loads(refused[0][2])["error"]["code"] == "queue_full"
+    bench.serve("m", runtime)
+    assert sorted(status for status, _, _ in await asyncio.gather(*requests)) == [200] * 5 + [429] * 3
+
+
+async def test_all_queues_together_are_bounded(bench: Any) -> None:
+    await bench.start(queue_total=3, queue_timeout=1)
+    for name in ("a", "b"):
+        bench.serve(name)
+    answers = await asyncio.gather(*(_status(bench, model=name) for name in ("a", "b") * 3))
+    assert sorted(status for status, _, _ in answers) == [429, 429, 429, 503, 503, 503]
+
+
+async def test_the_deadline(bench: Any) -> None:
+    await bench.start(queue_timeout=0.4)
+    bench.gateway.registry.put(ModelSpec("default/m", ("m",), 1.0, note="Pulling: 12% of 5 GB"))
+    begin = time.monotonic()
+    status, retry, body = await _status(bench)
+    assert (status, retry) == (503, "10")
+    assert 0.35 < time.monotonic() - begin < 2
+    error = json.loads(body)["error"]
+    assert error["code"] == "model_not_ready"
+    assert "Pulling: 12% of 5 GB" in error["message"]
+
+
+async def test_comments_keep_a_waiting_stream_alive(bench: Any) -> None:
+    runtime = await bench.runtime(tokens=3)
+    await bench.start(sse_keepalive=0.1)
+    bench.serve("m")
+    async with bench.chat(stream=True) as response:
+        assert response.status == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert await response.content.readuntil(b"\n\n") == b": waiting for a replica\n\n"
+        assert await response.content.readuntil(b"\n\n") == b": waiting for a replica\n\n"
+        bench.serve("m", runtime)
+        rest = await response.read()
+    events = [line for line in rest.split(b"\n\n") if line and not line.startswith(b":")]
+    assert len(events) == 4
+    assert events[-1] == b"data: [DONE]"
+    assert bench.gateway.proxy.active == 0
+
+
+async def test_a_started_stream_ends_with_an_error_event(bench: Any) -> None:
+    await bench.start(sse_keepalive=0.1, queue_timeout=0.3)
+    bench.serve("m")
+    status, _, body = await _status(bench, stream=True)
+    assert status == 200
+    error = json.loads(body.rpartition(b"data: ")[2])["error"]
+    assert (error["status"], error["code"], error["retry_after"]) == (503, "model_not_ready", 10)
+    refusing = await bench.runtime(status=400)
+    request = asyncio.create_task(_status(bench, stream=True))
+    await asyncio.sleep(0.2)
+    bench.serve("m", refusing)
+    status, _, body = await request
+    assert json.loads(body.rpartition(b"data: ")[2]) == {"error": {"message": "status 400"}}
+
+
+async def test_a_model_that_is_deleted_or_suspended_while_requests_wait(bench: Any) -> None:
+    await bench.start()
+    bench.serve("m")
+    requests = [asyncio.create_task(_status(bench)) for _ in range(3)]
+    await eventually(lambda: bench.gateway.registry.waiting() == 3)
+    bench.gateway.registry.remove("default/m")
+    assert [status for status, _, _ in await asyncio.gather(*requests)] == [404] * 3
+    bench.gateway.registry.put(ModelSpec("default/m", ("m",), 1.0, suspended=True))
+    status, retry, body = await _status(bench)
+    assert (status, retry, json.loads(body)["error"]["code"]) == (503, "60", "model_suspended")
+
+
+async def test_nothing_is_known_yet(bench: Any) -> None:
+    await bench.start()
+    bench.gateway.registry.synced = False
+    status, retry, _ = await _status(bench)
+    assert (status, retry) == (503, "1")
+    async with bench.client.get(bench.internal + "/readyz") as response:
+        assert response.status == 503
+    async with bench.client.get(bench.internal + "/healthz") as response:
+        assert response.status == 200
+
+
+# The process
+
+
+async def _get(client: aiohttp.ClientSession, url: str) -> int:
+    try:
+        async with client.get(url) as response:
+            return int(response.status)
+    except aiohttp.ClientError:
+        return 0
+
+
+async def test_sigterm_loses_no_stream(bench: Any, tmp_path: Path) -> None:
+    """The real process: not ready at once, serving still, then no new connections, and open streams run to their end."""
+    runtime = await bench.runtime(tokens=30, pause=0.1)
+    port, internal = free_port(), free_port()
+    upstreams = tmp_path / "models.yaml"
+    upstreams.write_text(
+        json.dumps({"models": [{"name": "ns/m", "served_names": ["m"], "urls": [runtime.url]}]})
+    )
+    process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
+        [
+            sys.executable,
+            "-m",
+            "kubeinfer_gateway",
+            "--host=127.0.0.1",
+            f"--port={port}",
+            f"--internal-port={internal}",
+            "--discovery=static",
+            f"--upstream-file={upstreams}",
+            "--shutdown-delay=1.5",
+        ],
+        env={"PYTHONPATH": str(ROOT / "gateway"), "PATH": "/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    bench.stack.callback(process.kill)
+    url, health = f"http://127.0.0.1:{port}/v1/chat/completions", f"http://127.0.0.1:{internal}/readyz"
+
+    async def stream(client: aiohttp.ClientSession) -> tuple[int, bool, str | None]:
+        async with client.post(url, json={"model": "m", "messages": [], "stream": True}) as response:
+            body = await response.read()
+            return response.status, body.endswith(b"data: [DONE]\n\n"), response.headers.get("connection")
+
+    async with aiohttp.ClientSession() as client:
+        for _ in range(200):
+            if await _get(client, health) == 200:
+                break
+            await asyncio.sleep(0.05)
+        early = [asyncio.create_task(stream(client)) for _ in range(10)]
+        await asyncio.sleep(0.5)
+        process.terminate()
+        await asyncio.sleep(0.3)
+        assert await _get(client, health) == 503
+        late = [asyncio.create_task(stream(client)) for _ in range(10)]
+        assert await asyncio.gather(*early) == [(200, True, None)] * 10
+        assert await asyncio.gather(*late) == [(200, True, "close")] * 10
+        assert await asyncio.to_thread(process.wait, 5) == 0
+    out, err = process.communicate()
+    assert len(out.splitlines()) == 20
+    assert {json.loads(line)["model"] for line in out.splitlines()} == {"m"}
+    assert b"Traceback" not in err
+
+
+async def test_sigterm_ends_what_lasts_too_long(bench: Any) -> None:
+    runtime = await bench.runtime(tokens=1000, pause=0.1)
+    await bench.start()
+    bench.serve("m", runtime)
+    request = asyncio.create_task(_read(bench))
+    await eventually(lambda: runtime.running == 1)
+    await bench.gateway.stop(0, 1)
+    with pytest.raises(aiohttp.ClientError):
+        await request
+    await eventually(lambda: runtime.running == 0, 1)
+
+
+async def test_the_upstream_file_is_read_again(bench: Any, tmp_path: Path) -> None:
+    one, two = await bench.runtime(name="one"), await bench.runtime(name="two")
+    file = tmp_path / "models.yaml"
+    file.write_text(f"models:\n- name: m\n  urls: [{one.url}]\n")
+    await bench.start(discovery="static", upstream_file=str(file))
+    assert (await _status(bench))[0] == 200
+    file.write_text(f"models:\n- name: m\n  urls: [{two.url}]\n- name: n\n")
+    await eventually(lambda: bench.gateway.registry.names() == ["m", "n"])
+    await _status(bench)
+    assert len(two.requests) == 1
+    file.write_text("models: nonsense")
+    await asyncio.sleep(1.2)
+    assert bench.gateway.registry.names() == ["m", "n"]

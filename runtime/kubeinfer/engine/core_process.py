@@ -107,6 +107,15 @@ def reason_of(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {text}"
 
 
+def _last_words(address: str, reason: str) -> None:
+    """Tell the client why this process ends, from a thread of its own (sockets are not shared between threads)."""
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PUSH)
+    socket.connect(address)
+    socket.send(msgspec.msgpack.encode(CoreDead(reason)))
+    context.destroy(linger=1000)
+
+
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
     config = json.loads(sys.stdin.readline())
@@ -121,6 +130,9 @@ def main() -> int:
         socket.linger = 2000
     inbox.connect(config["requests_address"])
     outbox.connect(config["outputs_address"])
+    from kubeinfer.distributed.multi_process import on_rank_death
+
+    on_rank_death(lambda reason: _last_words(config["outputs_address"], reason))
     core: EngineCore | None = None
     try:
         core = make_core(EngineOptions(**config["options"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,8 +27,19 @@ def pack_weight(weight: Tensor) -> PackedWeight | None:
     return None if data is None else PackedWeight(data, weight.shape[0])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: PackedWeight | None = None) -> Tensor:
-    """``x [T, K] @ weight[N, K]^T + bias[N]`` -> ``[T, N]`` in ``x``'s dtype; ``packed`` stands for ``weight``."""
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    packed: PackedWeight | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``x [T, K] @ weight[N, K]^T + bias[N]`` -> ``[T, N]`` in ``x``'s dtype; ``packed`` stands for ``weight``.
+
+    ``out`` (without a bias, on GPUs) is written where given, and returned.
+    """
+    if out is not None:
+        return torch.mm(x, weight.t(), out=out)
     if packed is not None:
         return cpu.linear(x, packed.data, packed.out_features, bias)
     return F.linear(x, weight, bias)

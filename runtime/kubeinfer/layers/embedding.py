@@ -36,9 +36,9 @@ class VocabEmbedding:
             return vocab_parallel_embedding(ids, self.weight, 0, self.vocab_size)
         return self.group.all_reduce(vocab_parallel_embedding(ids, self.weight, self.start, self.end))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``hidden [N, H]`` -> ``[N, vocab_size]``, on every rank."""
-        shard = linear(hidden, self.weight, None, self._packed)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """``hidden [N, H]`` -> ``[N, vocab_size]``, on every rank; into ``out`` where given."""
         if self.group.size == 1:
-            return shard
-        return self.group.all_gather(shard)[:, : self.vocab_size]
+            return linear(hidden, self.weight, None, self._packed, out)
+        whole = self.group.all_gather(linear(hidden, self.weight, None, self._packed))[:, : self.vocab_size]
+        return whole.contiguous() if out is None else out.copy_(whole)

@@ -19,6 +19,9 @@ class Group(Protocol):
     def all_gather(self, x: Tensor) -> Tensor:
         """All ranks' ``x [N, K]`` side by side: ``[N, size * K]``."""
 
+    def smallest(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+
 
 class SingleGroup:
     """One rank: nothing to exchange."""
@@ -31,3 +34,6 @@ class SingleGroup:
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x
+
+    def smallest(self, value: int) -> int:
+        return value

@@ -72,6 +72,6 @@ class LlamaForCausalLM:
             hidden, residual = layer(hidden, residual, step)
         return self.norm(hidden, residual)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``hidden [N, H]`` -> ``[N, vocab_size]``."""
-        return self.head.logits(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """``hidden [N, H]`` -> ``[N, vocab_size]``; into ``out`` where given."""
+        return self.head.logits(hidden, out)

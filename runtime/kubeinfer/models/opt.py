@@ -89,6 +89,6 @@ class OPTForCausalLM:
             hidden = self.norm(hidden)
         return hidden if self.project_out is None else self.project_out(hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``hidden [N, H]`` -> ``[N, vocab_size]``."""
-        return self.head.logits(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """``hidden [N, H]`` -> ``[N, vocab_size]``; into ``out`` where given."""
+        return self.head.logits(hidden, out)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kubeinfer.errors import OptionError
 from kubeinfer.model_config import ModelConfig
 from kubeinfer.options import EngineOptions
+
+if TYPE_CHECKING:
+    import torch
 
 _GIB = 2**30
 _CPU_SHARE = 0.5  # of free host memory: the rest is for activations, the page cache and the other processes of the pod
@@ -89,5 +93,45 @@ def cpu_kv_blocks(options: EngineOptions, config: ModelConfig, per_block: int, m
             f"no memory for a KV cache: {free / _GIB:.2f} GiB are free after the weights, one block takes "
             f"{per_block / 2**20:.1f} MiB. Give more memory, or choose a smaller model.",
             "cpu_kvcache_space",
+        )
+    return int(blocks)
+
+
+def gpu_kv_blocks(
+    options: EngineOptions,
+    config: ModelConfig,
+    per_block: int,
+    peak_bytes: int,
+    max_num_seqs: int,
+    device: torch.device,
+) -> int:
+    """KV blocks on one GPU, block 0 included. ``peak_bytes``: what the largest step needs beside weights and cache."""
+    import torch
+
+    if options.num_gpu_blocks_override is not None:
+        return options.num_gpu_blocks_override
+    free, total = torch.cuda.mem_get_info(device)
+    # Graphs keep logits of the largest batch and their activations; the rest covers kernels and the allocator's rounding.
+    graphs = 0 if options.enforce_eager else max_num_seqs * config.vocab_size * 2
+    reserve = peak_bytes + graphs + _GIB
+    if options.kv_cache_memory_bytes is not None:
+        budget = options.kv_cache_memory_bytes
+    else:
+        budget = min(int(total * options.gpu_memory_utilization) - (total - free), free) - reserve
+    if budget > free - peak_bytes:
+        raise OptionError(
+            f"kv_cache_memory_bytes asks for {budget / _GIB:.1f} GiB, but {max(0, free - peak_bytes) / _GIB:.1f} GiB are "
+            "free beside what a step needs. Lower --kv-cache-memory-bytes.",
+            "kv_cache_memory_bytes",
+        )
+    blocks = budget // per_block
+    if blocks < 2:
+        used = total - free
+        raise OptionError(
+            f"no GPU memory for a KV cache: of {total / _GIB:.1f} GiB, --gpu-memory-utilization "
+            f"{options.gpu_memory_utilization} allows {total * options.gpu_memory_utilization / _GIB:.1f} GiB; weights and "
+            f"other processes take {used / _GIB:.1f} GiB, a step {reserve / _GIB:.1f} GiB. Raise --gpu-memory-utilization, "
+            "lower --max-num-batched-tokens or --max-num-seqs, or use more GPUs (--tensor-parallel-size).",
+            "gpu_memory_utilization",
         )
     return int(blocks)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from kubeinfer.engine.messages import TokenLogprobs
 from kubeinfer.engine.plan import StepPlan, StepResult
+from kubeinfer.kernels.attention import DecodeWorkspace
 from kubeinfer.layers.attention import StepContext
+from kubeinfer.worker.cuda_graph import DecodeGraphs
 from kubeinfer.worker.sampler import Sampler, token_logprobs
 from kubeinfer.worker.tables import RowTables
 
@@ -54,6 +56,8 @@ class ModelRunner:
         self.device = device
         self.tables = RowTables(max_rows, max_blocks, device)
         self.sampler = Sampler(max_rows, model.config.vocab_size, device)
+        self.workspace: DecodeWorkspace | None = None
+        self.graphs: DecodeGraphs | None = None
         self._prompt_logprobs: dict[int, tuple[int, int, list[TokenLogprobs]]] = {}  # row -> (k, prompt_len, found)
 
     @torch.inference_mode()
@@ -68,9 +72,21 @@ class ModelRunner:
                 self._prompt_logprobs[new.row] = (new.params.prompt_logprobs, new.prompt_len, [])
         rows = np.array(plan.rows, np.int32)
         starts = np.array(plan.starts, np.int32)
+        if self.graphs is not None and plan.num_decodes == len(rows) and self.graphs.fits(len(rows)):
+            return self._replay(plan, rows, starts)
         input_ids, step = self._inputs(plan, rows, starts)
         hidden = self.model.forward(input_ids, step)
         return self._sample(plan, hidden, rows, starts)
+
+    def _replay(self, plan: StepPlan, rows: NDArray[np.int32], starts: NDArray[np.int32]) -> PendingResult:
+        if self.graphs is None:
+            raise RuntimeError("no graph was captured")
+        tokens, logits = self.graphs.replay(rows, starts)
+        if self.sampler.is_plain(rows):
+            return PendingResult(tokens)
+        tokens, logprobs = self.sampler.sample(logits, rows, starts + 1, plan)
+        self.tables.last_tokens[self._to(rows)] = tokens
+        return PendingResult(tokens, logprobs)
 
     def _inputs(
         self, plan: StepPlan, rows: NDArray[np.int32], starts: NDArray[np.int32]
@@ -97,20 +113,22 @@ class ModelRunner:
         size = self.block_size
         slots = self.tables.block_table[owners, positions // size] * size + positions % size
         max_seq_len = int(seq_lens.max())
-        device_rows = self._to(rows)
-        input_ids = self._to(ids)
+        device_rows, input_ids, device_positions, device_slots, device_query_start, device_seq_lens = self._upload(
+            rows, ids, positions, slots, query_start, seq_lens
+        )
         if num_decodes:
             input_ids[:num_decodes] = self.tables.last_tokens[device_rows[:num_decodes]].int()
         step = StepContext(
-            positions=self._to(positions),
-            slot_mapping=self._to(slots),
-            query_start=self._to(query_start),
-            seq_lens=self._to(seq_lens),
+            positions=device_positions,
+            slot_mapping=device_slots,
+            query_start=device_query_start,
+            seq_lens=device_seq_lens,
             block_table=self.tables.block_table_device[device_rows, : -(-max_seq_len // size)],
             max_query_len=int(lengths.max()),
             max_seq_len=max_seq_len,
             num_decodes=num_decodes,
             kv_caches=self.kv_caches,
+            workspace=self.workspace,
         )
         return input_ids, step
 
@@ -155,6 +173,13 @@ class ModelRunner:
                     del self._prompt_logprobs[row]
             offset += length
         return done or None
+
+    def _upload(self, *arrays: NDArray[np.int32]) -> list[Tensor]:
+        """int32 arrays as tensors on the device, in one transfer."""
+        if self.device.type == "cpu":
+            return [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
+        packed = torch.from_numpy(np.concatenate(arrays)).pin_memory().to(self.device, non_blocking=True)
+        return list(packed.split([len(a) for a in arrays]))
 
     def _to(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +13,15 @@ from torch import Tensor
 from kubeinfer.distributed.executor import CacheSpec
 from kubeinfer.engine.plan import StepPlan
 from kubeinfer.errors import ModelLoadError
+from kubeinfer.kernels.attention import decode_workspace
+from kubeinfer.layers.attention import StepContext
 from kubeinfer.layers.parallel import Group, SingleGroup
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.model_config import ModelConfig
 from kubeinfer.models.registry import model_class
 from kubeinfer.options import EngineOptions
-from kubeinfer.worker.memory import block_bytes, cpu_kv_blocks, usable_cpus
+from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
+from kubeinfer.worker.memory import block_bytes, cpu_kv_blocks, gpu_kv_blocks, usable_cpus
 from kubeinfer.worker.model_runner import ModelRunner, PendingResult
 
 logger = logging.getLogger(__name__)
@@ -43,7 +47,9 @@ class Worker:
         """Weights, then the KV cache from what is left. Raises ``ModelLoadError`` or ``OptionError``."""
         seconds: dict[str, float] = {}
         began = time.perf_counter()
-        if not self.is_gpu and "OMP_NUM_THREADS" not in os.environ:
+        if self.is_gpu:
+            torch.cuda.set_device(self.device)
+        elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(usable_cpus())
         model, store = self._load_model()
         seconds["weights"] = round(time.perf_counter() - began, 3)
@@ -52,14 +58,25 @@ class Worker:
         kv_heads = max(1, self.model_config.num_kv_heads // self.group.size)
         itemsize = torch.empty(0, dtype=self.dtype).element_size()
         per_block = block_bytes(self.model_config, block_size, itemsize, kv_heads, self.model_config.num_layers)
-        num_blocks = cpu_kv_blocks(self.options, self.model_config, per_block, self.max_num_seqs)
+        if self.is_gpu:
+            peak = self._profile(model, kv_heads, block_size)
+            seconds["profile"] = round(time.perf_counter() - began, 3)
+            began = time.perf_counter()
+            num_blocks = gpu_kv_blocks(self.options, self.model_config, per_block, peak, self.max_num_seqs, self.device)
+        else:
+            num_blocks = cpu_kv_blocks(self.options, self.model_config, per_block, self.max_num_seqs)
+        num_blocks = self.group.smallest(num_blocks)
         kv_caches = self._make_kv_caches(num_blocks, kv_heads, block_size)
         max_blocks = -(-min(self.model_config.max_model_len, (num_blocks - 1) * block_size) // block_size)
         self.runner = ModelRunner(model, kv_caches, block_size, self.max_num_seqs, max_blocks, self.device)
         seconds["kv_cache"] = round(time.perf_counter() - began, 3)
+        if self.is_gpu:
+            began = time.perf_counter()
+            self._prepare_decode(model, kv_heads)
+            seconds["graphs"] = round(time.perf_counter() - began, 3)
         return CacheSpec(num_blocks, block_size, store.num_bytes, num_blocks * per_block, seconds)
 
-    def _load_model(self) -> tuple[object, ParameterStore]:
+    def _load_model(self) -> tuple[Any, ParameterStore]:
         config = self.model_config
         store = ParameterStore(self.device, self.dtype, self.group)
         model = model_class(config.architecture)(config, store)
@@ -77,6 +94,58 @@ class Worker:
         store.release()
         model.finish_loading()
         return model, store
+
+    @torch.inference_mode()
+    def _profile(self, model: Any, kv_heads: int, block_size: int) -> int:
+        """Bytes that the largest step needs beside weights and cache: one is run, on a cache of one page."""
+        tokens = min(self.max_tokens, 65536)
+        page = self._make_kv_caches(1, kv_heads, block_size)
+        blocks = -(-tokens // block_size)
+
+        def ints(*values: int) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+        step = StepContext(
+            positions=torch.zeros(tokens, dtype=torch.int32, device=self.device),
+            slot_mapping=torch.full((tokens,), -1, dtype=torch.int32, device=self.device),
+            query_start=ints(0, tokens),
+            seq_lens=ints(tokens),
+            block_table=torch.zeros(1, blocks, dtype=torch.int32, device=self.device),
+            max_query_len=tokens,
+            max_seq_len=tokens,
+            num_decodes=0,
+            kv_caches=page,
+        )
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        hidden = model.forward(torch.zeros(tokens, dtype=torch.int32, device=self.device), step)
+        logits = model.logits(hidden[: self.max_num_seqs])
+        del hidden, logits
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        del page, step
+        torch.cuda.empty_cache()
+        return int(peak)
+
+    @torch.inference_mode()
+    def _prepare_decode(self, model: Any, kv_heads: int) -> None:
+        """Scratch memory of the decode kernel, and CUDA graphs unless ``enforce_eager``."""
+        runner = self.runner
+        if runner is None:
+            raise RuntimeError("the runner is made first")
+        heads = self.model_config.num_heads // self.group.size
+        runner.workspace = decode_workspace(
+            self.max_num_seqs, heads, kv_heads, self.model_config.head_dim, self.device
+        )
+        if self.options.enforce_eager:
+            return
+        graphs = DecodeGraphs(
+            model, runner.tables, runner.kv_caches, runner.workspace, runner.block_size,
+            self.model_config.vocab_size, self.dtype,
+            capture_sizes(self.max_num_seqs, self.options.cudagraph_capture_sizes),
+        )  # fmt: skip
+        graphs.capture()
+        runner.graphs = graphs
 
     def _make_kv_caches(self, num_blocks: int, kv_heads: int, block_size: int) -> list[Tensor]:
         shape = (2, num_blocks, kv_heads, block_size, self.model_config.head_dim)

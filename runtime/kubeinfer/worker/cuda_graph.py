@@ -1,0 +1,123 @@
+"""Decode steps as CUDA graphs: one replay in place of hundreds of launches.
+
+A graph covers a whole decode step for a batch size: inputs from the device's tables, the model, logits, greedy tokens and
+their store. Rows that sample otherwise replay the same graph and sample from its logits. Padding rows are the tables'
+spare row, whose block table points at the dummy block.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kubeinfer.kernels.attention import DecodeWorkspace
+from kubeinfer.kernels.batch_prep import StepInputs, prepare_decode, step_inputs, store_sampled
+from kubeinfer.kernels.sampling import sample
+from kubeinfer.layers.attention import StepContext
+from kubeinfer.worker.tables import RowTables
+
+_SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
+
+
+def capture_sizes(max_num_seqs: int, asked: list[int] | None = None) -> list[int]:
+    """Batch sizes to capture: close together where padding costs most, up to 1024."""
+    most = min(max_num_seqs, 1024)
+    sizes = asked or [*_SMALL_SIZES, *range(160, 513, 32), *range(576, 1025, 64)]
+    chosen = {s for s in sizes if 0 < s <= most}
+    if not asked:
+        chosen.add(most)
+    return sorted(chosen)
+
+
+class DecodeGraphs:
+    """Captured decode steps by batch size, over shared input and logits buffers."""
+
+    def __init__(
+        self,
+        model: Any,
+        tables: RowTables,
+        kv_caches: list[Tensor],
+        workspace: DecodeWorkspace | None,
+        block_size: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        sizes: list[int],
+    ):
+        self.model = model
+        self.tables = tables
+        self.kv_caches = kv_caches
+        self.workspace = workspace
+        self.block_size = block_size
+        self.sizes = sizes
+        largest = sizes[-1]
+        device = tables.device
+        max_blocks = tables.block_table.shape[1]
+        self._inputs: StepInputs = step_inputs(largest, largest, max_blocks, device)
+        self._rows_and_starts = torch.zeros(2, largest, dtype=torch.int32, device=device)
+        self._query_start = torch.arange(largest + 1, dtype=torch.int32, device=device)
+        self._zeros = torch.zeros(largest, dtype=torch.float32, device=device)
+        self._longs = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._logits = torch.empty(largest, vocab_size, dtype=dtype, device=device)
+        self._tokens = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def capture(self) -> None:
+        """Capture every size, the largest first so that the smaller ones reuse its memory."""
+        self._rows_and_starts[0].fill_(self.tables.spare_row)
+        pool = None
+        for size in reversed(self.sizes):
+            # The first call compiles kernels for this size and lets cuBLAS take its workspace outside the graph.
+            self._step(size)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._step(size)
+            pool = pool or graph.pool()
+            self._graphs[size] = graph
+
+    def _step(self, size: int) -> None:
+        tables, inputs = self.tables, self._inputs
+        rows, starts = self._rows_and_starts[0, :size], self._rows_and_starts[1, :size]
+        tables.computed.index_copy_(0, rows.long(), starts)
+        prepare_decode(rows, tables.last_tokens, tables.block_table_device, tables.computed, self.block_size, inputs)
+        step = StepContext(
+            positions=inputs.positions[:size],
+            slot_mapping=inputs.slot_mapping[:size],
+            query_start=self._query_start[: size + 1],
+            seq_lens=inputs.seq_lens[:size],
+            block_table=inputs.block_table[:size],
+            max_query_len=1,
+            max_seq_len=inputs.block_table.shape[1] * self.block_size,
+            num_decodes=size,
+            kv_caches=self.kv_caches,
+            workspace=self.workspace,
+        )
+        hidden = self.model.forward(inputs.input_ids[:size], step)
+        logits = self.model.logits(hidden, self._logits[:size])
+        zeros, longs = self._zeros[:size], self._longs[:size]
+        tokens = sample(
+            logits, zeros, longs, zeros, zeros, longs, longs,
+            any_sampled=False, any_top_k=False, any_top_p=False, any_min_p=False,
+        )  # fmt: skip
+        self._tokens[:size].copy_(tokens)
+        store_sampled(rows, tokens, tables.last_tokens)
+
+    def fits(self, batch: int) -> bool:
+        return batch <= self.sizes[-1]
+
+    def replay(self, rows: NDArray[np.int32], starts: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+        """Run a decode step: (greedy tokens int64 ``[B]``, logits ``[B, V]``), both overwritten by the next replay."""
+        batch = len(rows)
+        size = self.sizes[bisect.bisect_left(self.sizes, batch)]
+        host = torch.empty(2, size, dtype=torch.int32, pin_memory=True)
+        array = host.numpy()
+        array[0, :batch], array[1, :batch] = rows, starts
+        array[0, batch:], array[1, batch:] = self.tables.spare_row, 0
+        self._rows_and_starts[:, :size].copy_(host, non_blocking=True)
+        self._graphs[size].replay()
+        return self._tokens[:batch], self._logits[:batch]

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from kubeinfer.weights.errors import NetworkUnreachable, WeightsError
 from kubeinfer.weights.uri import ModelSource
 from kubeinfer_operator import names
+from kubeinfer_operator.gguf_header import HEADER_BYTES, read_header
 from kubeinfer_operator.plan import Hub
 
 KEEP_SECONDS = 3600.0
@@ -39,11 +41,35 @@ def ask(question: Question) -> Answer:
     source, include, exclude, token = question
     try:
         found = resolve(source, include=include, exclude=exclude, token=token or None)
-        return Hub(found.revision, {file.path: file.size for file in found.files}, found.config)
+        config = found.config
+        if config is None and any(file.path.endswith(".gguf") for file in found.files):
+            config = _gguf_config(question)
+        return Hub(found.revision, {file.path: file.size for file in found.files}, config)
     except WeightsError as error:
         return HubError(error.reason, error.message, error.reason in PERMANENT, error.try_mirror)
     except OSError as error:
         return HubError(NetworkUnreachable.reason, f"{source}: {error}", False)
+
+
+def _gguf_config(question: Question) -> dict[str, Any] | None:
+    """The shape of a GGUF model from the first bytes of its file; None where the hub does not give them."""
+    import requests
+
+    from kubeinfer.weights.download import make_request, resolve_any
+
+    source, include, exclude, token = question
+    request = make_request(source, include=include, exclude=exclude, token=token or None)
+    hub, resolved, files = resolve_any(request)
+    file = min((f for f in files if f.path.endswith(".gguf")), key=lambda f: f.path)
+    wanted = hub.request_for(resolved, file)
+    headers = {**wanted.headers, "Range": f"bytes=0-{HEADER_BYTES - 1}"}
+    try:
+        with requests.get(wanted.url, headers=headers, timeout=20, stream=True) as answer:
+            if answer.status_code not in (200, 206):
+                return None
+            return read_header(answer.raw.read(HEADER_BYTES))
+    except requests.exceptions.RequestException:
+        return None
 
 
 @dataclass(slots=True)

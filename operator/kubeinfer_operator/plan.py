@@ -30,6 +30,14 @@ _BYTES = {
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
+def _is_weights(path: str) -> bool:
+    return path.lower().endswith(_WEIGHT_SUFFIXES)
+
+
+def _is_gguf(path: str) -> bool:
+    return path.lower().endswith(".gguf")
+
+
 @dataclass(frozen=True, slots=True)
 class Hub:
     """What a hub said of a model at one commit: sizes by path, and config.json where there is one."""
@@ -44,7 +52,7 @@ class Hub:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(size for path, size in self.sizes.items() if path.lower().endswith(_WEIGHT_SUFFIXES))
+        return sum(size for path, size in self.sizes.items() if _is_weights(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +145,13 @@ def plan(spec: InferenceModelSpec, hub: Hub, *, labelled_memory: int | None = No
             "engine.runner pooling is not supported yet: leave it out.",
         )
     stored, used = _dtypes(config, spec)
-    quantized = bool(config.get("quantization_config")) or any(p.endswith(".gguf") for p in hub.sizes)
     weights = hub.weight_bytes
-    if not quantized:
+    if "gguf_bits" in config:
+        # Blocks of a GGUF file are taken apart when they are loaded.
+        weights = int(weights * 8 * _BYTES.get(used, 2) / float(config["gguf_bits"]))
+    elif not config.get("quantization_config") and not all(
+        _is_gguf(path) for path in hub.sizes if _is_weights(path)
+    ):
         weights = weights * _BYTES.get(used, 2) // _BYTES.get(stored, 2)
     kv = kv_bytes_per_token(config, getattr(spec.engine, "kv_cache_dtype", None) or "auto", used)
     name = str((names or ["unknown architecture"])[0])

@@ -32,7 +32,7 @@ from kubeinfer_operator.conditions import (
     yes,
 )
 from kubeinfer_operator.hub import HubError, Question
-from kubeinfer_operator.kube import JOBS, MODELS, PODS, Manifest
+from kubeinfer_operator.kube import CLAIMS, JOBS, MODELS, PODS, Manifest
 from kubeinfer_operator.outcome import Annotate, Apply, Delete, Follow, Outcome
 from kubeinfer_operator.plan import Hub, plan
 from kubeinfer_operator.pods import container_status, last_end, problem, puller_error
@@ -224,16 +224,15 @@ class _Stage:
         if storage_kind(self.spec) != "claim":
             self.by_pods(artifact)
             return None
+        if self.spec.suspend and not self.here(artifact):
+            self.out.findings.append(
+                unknown(WEIGHTS_READY, "Suspended", "nothing is fetched while spec.suspend is true")
+            )
+            return None
         claim = ensure_claim(self.model, self.spec, self.world, self.now, self.out, self.weights.get("total"))
         if claim is None:
             return None
-        extra = [
-            self.spec.model.token_secret_ref.model_dump() if self.spec.model.token_secret_ref else None,
-            placement(self.spec),
-            pod_security(self.spec, self.world.settings),
-        ]
-        uid = claim["metadata"]["uid"] + names.digest(extra)
-        name = job_name(claim["metadata"]["name"], uid, artifact)
+        name = self.job_name(claim, artifact)
         self.state.jobs.add(name)
         job = self.world.get(JOBS, self.namespace, name)
         owners = self.owners(artifact)
@@ -256,6 +255,24 @@ class _Stage:
             ]
             self.out.actions.append(Annotate(JOBS, self.namespace, name, {"ownerReferences": merged}))
         return self.look_at(job)
+
+    def here(self, artifact: Artifact) -> bool:
+        """Whether a Job for the artifact is there already, done or not."""
+        claim = self.world.get(CLAIMS, self.namespace, str(claim_of(self.name, self.spec)))
+        return (
+            claim is not None
+            and self.world.get(JOBS, self.namespace, self.job_name(claim, artifact)) is not None
+        )
+
+    def job_name(self, claim: Manifest, artifact: Artifact) -> str:
+        """All that a Job cannot change later is part of its name: a new token or node selector makes a new Job."""
+        extra = [
+            self.spec.model.token_secret_ref.model_dump() if self.spec.model.token_secret_ref else None,
+            placement(self.spec),
+            pod_security(self.spec, self.world.settings),
+        ]
+        uid = claim["metadata"]["uid"] + names.digest(extra)
+        return job_name(claim["metadata"]["name"], uid, artifact)
 
     def owners(self, artifact: Artifact) -> list[dict[str, Any]]:
         """This model, and all others that share the claim and the artifact."""

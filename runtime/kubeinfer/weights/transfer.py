@@ -226,10 +226,16 @@ class Transfer:
 
     def _chunks(self, response: Any, file: RemoteFile) -> Iterator[bytes]:
         import requests
+        import urllib3
 
         try:
-            yield from response.iter_content(CHUNK)
-        except requests.exceptions.RequestException as error:
+            if hasattr(response.raw, "read1") and not response.headers.get("Transfer-Encoding"):
+                # What one read of the socket brings, at once: a break then loses nothing that had arrived.
+                while data := response.raw.read1(CHUNK, decode_content=True):
+                    yield data
+            else:
+                yield from response.iter_content(CHUNK)
+        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
             raise _Again(self._network_error(error, file)) from error
 
     def _get(self, url: str, headers: dict[str, str]) -> Any:

@@ -26,7 +26,7 @@ SHARD = "model-00001-of-00002.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The waits between attempts, a fraction of what a person wants."""
     monkeypatch.setattr("kubeinfer.weights.download.TransferOptions", partial(TransferOptions, backoff=0.01))
     monkeypatch.setenv("KUBEINFER_STALL_TIMEOUT", "0.4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from array import array
@@ -150,6 +151,9 @@ class AsyncLLM:
         self._death_reason: str | None = None
         self._loop_task: asyncio.Task[None] | None = None
         self._sends: set[asyncio.Task[None]] = set()
+        # What was loaded stays: without this, the collector walks over it while streams wait.
+        gc.collect()
+        gc.freeze()
 
     @property
     def info(self) -> EngineInfo:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -13,6 +16,7 @@ from tqdm import tqdm
 
 from kubeinfer.engine.client import EngineClient, make_client
 from kubeinfer.errors import KubeinferError, NotSupportedError, RequestError
+from kubeinfer.interrupts import HeldInterrupts
 from kubeinfer.options import EngineOptions, read_options, target_device
 from kubeinfer.outputs import RequestOutput
 from kubeinfer.sampling_params import SamplingParams
@@ -30,7 +34,7 @@ class LLM:
 
     Keywords are the fields of :class:`kubeinfer.options.EngineOptions`; ``model`` is a folder, a GGUF file or
     ORG/NAME. Raises TypeError for an unknown keyword, :class:`OptionError` for a value that cannot work,
-    :class:`ModelLoadError` for a model that cannot be loaded. Not thread-safe: one call at a time.
+    :class:`ModelLoadError` for a model that cannot be loaded. Calls from several threads wait for each other.
     """
 
     def __init__(self, model: str, tokenizer: str | None = None, **options: Any):
@@ -59,7 +63,11 @@ class LLM:
         )
         self._output = OutputProcessor(self._tokenizer, streaming=False)
         self._ids = itertools.count()
+        self._lock = threading.Lock()
         self._hf_tokenizer: Any = None
+        # What was loaded stays: without this, the collector walks over it in the middle of a step.
+        gc.collect()
+        gc.freeze()
 
     # ---- generation ----
 
@@ -131,24 +139,31 @@ class LLM:
     def _run(self, requests: Sequence[ProcessedRequest], use_tqdm: bool) -> list[RequestOutput]:
         client = self._engine()
         states: list[RequestState] = []
-        try:
-            states.extend(map(self._output.add, requests))
-            client.add_requests([engine for request in requests for engine in request.engine_requests])
-            self._loop(client, states, use_tqdm)
-        except BaseException:
-            self._abandon(client, states)
-            raise
+        with self._lock:
+            try:
+                with HeldInterrupts() as interrupts:
+                    states.extend(map(self._output.add, requests))
+                    client.add_requests(
+                        [engine for request in requests for engine in request.engine_requests]
+                    )
+                    self._loop(client, states, use_tqdm, interrupts)
+            except BaseException:
+                self._abandon(client, states)
+                raise
         for state in states:
             if state.error is not None:
                 raise KubeinferError(f"request {state.request_id} failed: {state.error}")
         return [state.whole() for state in states]
 
-    def _loop(self, client: EngineClient, states: Sequence[RequestState], use_tqdm: bool) -> None:
+    def _loop(
+        self, client: EngineClient, states: Sequence[RequestState], use_tqdm: bool, interrupts: HeldInterrupts
+    ) -> None:
         process = self._output.process
         remaining = len(states)
         bar = _ProgressBar(len(states)) if use_tqdm else None
         try:
             while remaining:
+                interrupts.check()
                 outputs = client.step().outputs
                 if not outputs and not client.has_unfinished_requests():
                     raise KubeinferError(
@@ -225,6 +240,10 @@ class LLM:
             client.shutdown()
 
     close = shutdown
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.shutdown()
 
     def __enter__(self) -> LLM:
         return self

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,35 @@ def test_a_broken_off_call_leaves_the_engine_clean(make: Make, error: BaseExcept
     assert llm._output.num_unfinished == 0
     client.fail_at = None
     assert len(llm.generate(["again"], use_tqdm=False)) == 1
+
+
+def test_ctrl_c_waits_for_the_step_to_end(make: Make) -> None:
+    llm, client = make()
+    step = client.replay.step
+    ended: list[int] = []
+
+    def interrupted() -> Any:
+        if client.replay.steps == 2:
+            signal.raise_signal(signal.SIGINT)
+        outputs = step()
+        ended.append(client.replay.steps)
+        return outputs
+
+    client.replay.step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["Hello"], SamplingParams(max_tokens=10), use_tqdm=False)
+    assert ended == [1, 2, 3]
+    assert client.replay.aborted == ["0"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_calls_from_several_threads_wait_for_each_other(make: Make) -> None:
+    llm, _ = make()
+    params = SamplingParams(max_tokens=20)
+    with ThreadPoolExecutor(4) as threads:
+        calls = [threads.submit(llm.generate, [[5 + at]] * 3, params, False) for at in range(12)]
+    for at, call in enumerate(calls):
+        assert [out.outputs[0].token_ids for out in call.result()] == [[5 + at] * 20] * 3
 
 
 def test_a_prompt_that_cannot_be_served_starts_nothing(make: Make) -> None:

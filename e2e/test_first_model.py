@@ -27,7 +27,7 @@ def test_example_becomes_ready(model: Object, models: Models) -> None:
     assert status["weights"]["bytes"] == status["weights"]["total"] > 90_000_000
     assert status["readyReplicas"] == 1
     assert name in status["endpoint"]
-    assert "Llama" in status["plan"]
+    assert "of weights" in status["plan"]
 
 
 def test_columns(model: Object, models: Models) -> None:

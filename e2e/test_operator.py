@@ -58,9 +58,7 @@ def test_idle_operator_is_small(release: Release, models: Models, model: Object)
     time.sleep(15)
     memory, before = poll("figures of the operator", lambda: usage(release), 40)
     time.sleep(30)
-    _, after = poll(
-        "newer figures", lambda: newer if (newer := usage(release))[1] != before else None, 40
-    )
+    _, after = poll("newer figures", lambda: newer if (newer := usage(release))[1] != before else None, 40)
     print(f"operator: {memory / 2**20:.0f} MiB, {(after - before) / 1e9:.2f} CPU seconds in half a minute")
     assert memory < IDLE_MEMORY
     assert (after - before) / 1e9 < 3

@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from kubeinfer_gateway.errors import GatewayError, model_not_found
-from kubeinfer_gateway.proxy import Proxy, is_proxied, request_id
+from kubeinfer_gateway.exchange import is_proxied, request_id
+from kubeinfer_gateway.proxy import Proxy
 
 
 def _error_response(error: GatewayError, identity: str) -> Response:

@@ -54,7 +54,8 @@ def _keygen(words: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="python -m kubeinfer_gateway keygen",
-        description="Prints a new API key, and the entry to put into the Secret or folder of API keys in its place.",
+        description="Makes an API key: prints the key itself on standard error, and on standard output the entry to put "
+        "into the Secret or folder of API keys in its place.",
         allow_abbrev=False,
     )
     parser.add_argument("name", help="whose key it is; appears in logs and metrics")
@@ -71,6 +72,6 @@ def _keygen(words: Sequence[str]) -> int:
     key, entry = generate_key(
         given.name, given.model or ["*"], given.requests_per_minute, given.tokens_per_minute
     )
-    print(f"key (shown once, give it to its user): {key}")
-    print(f"entry (store it): {entry}")
+    print(f"The key, shown this once: {key}", file=sys.stderr)
+    print(entry)
     return 0

@@ -74,7 +74,7 @@ class GatewayOptions:
     )
 
     max_body_bytes: int = _opt(16 << 20, "largest request body; larger get 413", minimum=1)
-    max_buffered_bytes: int = _opt(512 << 20, "request bodies held at once, together; beyond: 429", minimum=1)
+    max_buffered_bytes: int = _opt(128 << 20, "request bodies held at once, together; beyond: 429", minimum=1)
     max_header_bytes: int = _opt(64 << 10, "largest request header; larger get 431", minimum=1024)
     max_requests: int = _opt(8192, "requests handled at once; beyond: 429", minimum=1)
     max_connections: int = _opt(16384, "client connections; more are closed at once", minimum=1)

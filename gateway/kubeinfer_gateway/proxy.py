@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-import uuid
 from typing import Any
 
 from kubeinfer_gateway.access_log import AccessLog
 from kubeinfer_gateway.body import read_body
 from kubeinfer_gateway.connection import SCOPE_KEY, ClientStream, send_error
 from kubeinfer_gateway.errors import GatewayError, model_not_found
+from kubeinfer_gateway.exchange import CLIENT_LEFT, Exchange, session
 from kubeinfer_gateway.http1 import HOP_BY_HOP, ResponseHead
 from kubeinfer_gateway.keys import ApiKey, KeyStore
 from kubeinfer_gateway.metrics import UNKNOWN, Metrics
@@ -23,23 +22,6 @@ from kubeinfer_gateway.usage import Usage, read_usage
 
 logger = logging.getLogger(__name__)
 
-_PATH = re.compile(r"/[A-Za-z0-9_\-./:@]*\Z")
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")
-# Routes of a runtime that are for its owner, not for the users of its models.
-_PRIVATE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-_ROUTES = frozenset(
-    (
-        "/tokenize",
-        "/detokenize",
-        "/score",
-        "/rerank",
-        "/v2/rerank",
-        "/pooling",
-        "/classify",
-        "/v2/embed",
-        "/generate",
-    )
-)
 _NOT_FORWARDED = HOP_BY_HOP | {
     b"host",
     b"content-length",
@@ -51,89 +33,6 @@ _NOT_FORWARDED = HOP_BY_HOP | {
 _NOT_RETURNED = HOP_BY_HOP | {b"x-request-id"}
 _COLLECT_LIMIT = 1 << 20
 _FALSE_STARTS = (502, 503, 504)
-CLIENT_LEFT = 499
-
-
-def is_proxied(path: str) -> bool:
-    """Whether a path belongs to the models rather than to the gateway."""
-    if path in _ROUTES:
-        return True
-    return (
-        path.startswith("/v1/")
-        and path != "/v1/models"
-        and not path.startswith(("/v1/models/", *_PRIVATE))
-        and ".." not in path
-        and _PATH.match(path) is not None
-    )
-
-
-class Exchange:
-    """One request and what became of it."""
-
-    __slots__ = (
-        "body",
-        "bytes_in",
-        "bytes_out",
-        "client",
-        "connection",
-        "endpoint",
-        "error",
-        "first_byte",
-        "key",
-        "model",
-        "model_name",
-        "queue_time",
-        "request_id",
-        "retries",
-        "scope",
-        "seen",
-        "seen_at",
-        "sse",
-        "start",
-        "status",
-        "stream",
-        "task",
-        "usage",
-    )
-
-    def __init__(self, scope: Any, client: ClientStream, task: asyncio.Task[Any]) -> None:
-        self.scope = scope
-        self.client = client
-        self.task = task
-        self.start = time.monotonic()
-        self.request_id = request_id(scope["headers"])
-        self.body: bytes | None = b""
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.model: Model | None = None
-        self.model_name: str | None = None
-        self.stream = False
-        self.key: ApiKey | None = None
-        self.endpoint: Endpoint | None = None
-        self.connection: UpstreamConnection | None = None
-        self.sse = False
-        self.status = 0
-        self.error: str | None = None
-        self.retries = 0
-        self.queue_time = 0.0
-        self.first_byte: float | None = None
-        self.usage: Usage | None = None
-        self.seen = -1
-        self.seen_at = self.start
-
-    def client_lost(self) -> None:
-        """The client left: the runtime is told at once, then the request's task ends."""
-        if self.connection is not None:
-            self.connection.abort()
-        self.task.cancel()
-
-
-def request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    """The client's x-request-id where it can be used, else a new one."""
-    for name, value in headers:
-        if name == b"x-request-id" and _REQUEST_ID.match(value):
-            return value.decode("ascii")
-    return uuid.uuid4().hex
 
 
 class _Retry(Exception):
@@ -304,7 +203,7 @@ class Proxy:
         model.last_request = time.time()
         routing_key = b""
         if self.options.routing == "prefix":
-            routing_key = _session(exchange.scope["headers"]) or body.prefix(self.options.prefix_bytes)
+            routing_key = session(exchange.scope["headers"]) or body.prefix(self.options.prefix_bytes)
         await self._try_endpoints(exchange, model, routing_key)
 
     def visible_names(self, key: ApiKey | None) -> list[str]:
@@ -639,35 +538,7 @@ class Proxy:
             if key is not None:
                 key.spend(usage.total)
         if self.access_log.enabled:
-            self.access_log.write(self._record(exchange, duration))
-
-    def _record(self, exchange: Exchange, duration: float) -> dict[str, Any]:
-        scope = exchange.scope
-        record: dict[str, Any] = {
-            "time": round(time.time(), 3),
-            "request_id": exchange.request_id,
-            "method": scope["method"],
-            "path": scope["path"][:256],
-            "status": exchange.status,
-            "model": exchange.model_name[:200] if exchange.model_name else None,
-            "endpoint": exchange.endpoint.spec.address if exchange.endpoint else None,
-            "key": exchange.key.name if exchange.key else None,
-            "client": scope["client"][0] if scope["client"] else None,
-            "stream": exchange.stream,
-            "duration_ms": round(duration * 1e3, 2),
-            "first_byte_ms": round(exchange.first_byte * 1e3, 2) if exchange.first_byte is not None else None,
-            "queue_ms": round(exchange.queue_time * 1e3, 2),
-            "bytes_in": exchange.bytes_in,
-            "bytes_out": exchange.bytes_out,
-            "retries": exchange.retries,
-        }
-        if exchange.usage is not None:
-            record["prompt_tokens"] = exchange.usage.prompt
-            record["completion_tokens"] = exchange.usage.completion
-            record["tokens_exact"] = exchange.usage.exact
-        if exchange.error is not None:
-            record["error"] = exchange.error
-        return record
+            self.access_log.write(exchange.record(duration))
 
     def sweep(self, now: float) -> None:
         """Ends streams on which nothing moves; called every second."""
@@ -687,10 +558,3 @@ class Proxy:
             for endpoint in model.endpoints.values():
                 if endpoint.idle:
                     self.upstreams.sweep(endpoint)
-
-
-def _session(headers: list[tuple[bytes, bytes]]) -> bytes:
-    for name, value in headers:
-        if name == b"x-session-id" and value:
-            return b"session:" + value
-    return b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import subprocess
 import sys
@@ -198,8 +199,10 @@ def test_only_hashes_are_kept() -> None:
 
 def test_keygen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keygen", "bob", "--model", "q*", "--tokens-per-minute", "1000"]) == 0
-    out = capsys.readouterr().out
-    entry = json.loads(out.split("entry (store it): ")[1])
+    printed = capsys.readouterr()
+    entry = json.loads(printed.out)
+    key = printed.err.split()[-1]
+    assert entry["sha256"] == hashlib.sha256(key.encode()).hexdigest()
     assert entry.items() >= {"name": "bob", "models": ["q*"], "tokens_per_minute": 1000}.items()
     with pytest.raises(SystemExit):
         main(["keygen", "bob", "--tokens-per-minute", "-1"])

@@ -353,3 +353,45 @@ def test_gguf_files_without_a_tokenizer_or_damaged(tmp_path: Path) -> None:
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         with pytest.raises(ModelLoadError):
             from_gguf(tmp_path / "cut.gguf")
+
+
+def test_vocabulary_and_merges_without_tokenizer_json(tmp_path: Path) -> None:
+    """facebook/opt-125m: a GPT2Tokenizer that puts its bos token first."""
+    source = json.loads(byte_level()._backend.to_str())["model"]  # type: ignore[union-attr]
+    (tmp_path / "vocab.json").write_text(json.dumps(source["vocab"]))
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(merge) for merge in source["merges"])
+    )
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_bos_token": True,
+        "bos_token": "<|end|>",
+        "eos_token": "<|end|>",
+        "unk_token": "<|end|>",
+        "pad_token": "<|im_start|>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = from_folder(tmp_path)
+    ids = ours.encode("The quick brown 你好")
+    assert ids[0] == 0
+    assert ids[1:] == byte_level().encode("The quick brown 你好")
+    assert type(ours.decoder).__name__ == "ByteDecoder"
+    assert ours.decode(ids) == "The quick brown 你好"
+    assert ours.eos_token_ids == [0]
+
+
+def test_a_llama_tokenizer_of_a_folder(tmp_path: Path) -> None:
+    """SentencePiece-like, as transformers saves it: through transformers, then decoded token by token here."""
+    from transformers import LlamaTokenizer
+
+    model = json.loads(sentencepiece_like()._backend.to_str())["model"]  # type: ignore[union-attr]
+    merges = [tuple(merge) for merge in model["merges"]]
+    LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True).save_pretrained(tmp_path)
+    ours, theirs = from_folder(tmp_path), auto(tmp_path)
+    assert type(ours.decoder).__name__ == "ByteDecoder"
+    for text in ("hello world", "hello  世界 🙂."):
+        ids = ours.encode(text)
+        assert ids == theirs(text).input_ids
+        stream = ours.stream(ids[:2])
+        rest = "".join(stream.push([token_id]) for token_id in ids[2:]) + stream.finish()
+        assert ours.decode(ids[:2]) + rest == text == theirs.decode(ids, skip_special_tokens=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from hub import Fault, HubServer
 
 from .conftest import MODEL, WEIGHTS_SIZE
@@ -195,3 +196,17 @@ def test_the_hub_as_a_process(models: Path, tmp_path: Path) -> None:
     finally:
         hub.terminate()
         hub.communicate()
+
+
+def test_a_user_without_a_home(hub: HubServer, uri: str, tmp_path: Path) -> None:
+    """As in a container whose user id has no entry in /etc/passwd."""
+    env = {k: v for k, v in os.environ.items() if k not in ("HOME", "HF_HOME", "MODELSCOPE_CACHE")}
+    command = [sys.executable, "-c", MAIN, "pull", uri, "--local-dir", str(tmp_path / "out")]
+    if subprocess.run(
+        ["unshare", "-U", "--map-user=12345", "true"], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("may not make a user namespace here")
+    ended = subprocess.run(
+        ["unshare", "-U", "--map-user=12345", *command], env=env, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr

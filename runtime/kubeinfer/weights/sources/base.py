@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import json
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,14 @@ class WeightSource(abc.ABC):
     @abc.abstractmethod
     def cached_snapshots(self, cache_dir: Path) -> list[Path]:
         """Snapshots of this model (at its revision, if it names one) in the cache, the best first."""
+
+
+def home() -> Path:
+    """The home folder; a container's user without one gets the folder for temporary files."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir())
 
 
 def root_cause(error: BaseException) -> str:

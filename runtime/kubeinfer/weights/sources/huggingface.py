@@ -16,7 +16,14 @@ from kubeinfer.weights.errors import (
     TooManyRequests,
     WeightsError,
 )
-from kubeinfer.weights.sources.base import FileRequest, RemoteFile, ResolvedModel, WeightSource, root_cause
+from kubeinfer.weights.sources.base import (
+    FileRequest,
+    RemoteFile,
+    ResolvedModel,
+    WeightSource,
+    home,
+    root_cause,
+)
 from kubeinfer.weights.uri import ModelSource
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -69,8 +76,9 @@ class HuggingFaceSource(WeightSource):
         env = os.environ
         if cache := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
             return Path(cache).expanduser()
-        home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-        return Path(home).expanduser() / "hub"
+        if hf_home := env.get("HF_HOME"):
+            return Path(hf_home).expanduser() / "hub"
+        return Path(env.get("XDG_CACHE_HOME") or home() / ".cache") / "huggingface" / "hub"
 
     def cached_snapshots(self, cache_dir: Path) -> list[Path]:
         folder = cache_dir / repo_folder(self.model.repo)

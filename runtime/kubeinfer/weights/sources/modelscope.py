@@ -19,7 +19,7 @@ from kubeinfer.weights.errors import (
     TooManyRequests,
     WeightsError,
 )
-from kubeinfer.weights.sources.base import FileRequest, RemoteFile, ResolvedModel, WeightSource
+from kubeinfer.weights.sources.base import FileRequest, RemoteFile, ResolvedModel, WeightSource, home
 from kubeinfer.weights.sources.huggingface import is_network_error, unreachable_message
 from kubeinfer.weights.uri import ModelSource
 
@@ -45,6 +45,8 @@ class ModelScopeSource(WeightSource):
 
     def _api(self) -> Any:
         if self._hub is None:
+            # The SDK looks for a home when it is imported, and a container's user may have none.
+            os.environ.setdefault("HOME", str(home()))
             from modelscope_hub import HubApi, HubConfig
 
             # The endpoint goes to the constructor: the SDK warns where it finds MODELSCOPE_DOMAIN by itself.
@@ -82,7 +84,7 @@ class ModelScopeSource(WeightSource):
 
     def cache_dir(self) -> Path:
         cache = os.environ.get("MODELSCOPE_CACHE")
-        return Path(cache).expanduser() if cache else Path("~/.cache/modelscope").expanduser()
+        return Path(cache).expanduser() if cache else home() / ".cache" / "modelscope"
 
     def cached_snapshots(self, cache_dir: Path) -> list[Path]:
         org, name = self.model.repo.split("/")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Generator
@@ -226,6 +228,16 @@ def _bind(host: str, port: int, flag: str) -> socket.socket:
         raise OSError(error.errno, f"cannot listen on {host}:{port} ({flag}): {error.strerror}") from None
 
 
+def _raise_file_limit() -> None:
+    """Every stream takes two descriptors; the soft limit that shells and units set is for programs with few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError) as error:
+            logger.warning("at most %d open files: %s", soft, error)
+
+
 async def run(options: GatewayOptions) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status. A second signal ends at once."""
     gateway = Gateway(options)
@@ -239,7 +251,9 @@ async def run(options: GatewayOptions) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    _raise_file_limit()
     await gateway.start()
+    gc.freeze()  # what is here by now stays; the collector need not look at it again and again
     logger.info("listening on %s:%d, internal port %d", options.host, gateway.port, gateway.internal_port)
     waits = [asyncio.create_task(signalled.wait()), asyncio.create_task(gateway.failed())]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

@@ -45,6 +45,7 @@ def check(
     num_decodes: int | None = None,
     fp8: bool = False,
     strided: bool = False,
+    exact: bool = False,
 ) -> None:
     """``lengths``: (query, context with the query) of each sequence."""
     torch.manual_seed(random.randrange(1 << 30))
@@ -105,6 +106,7 @@ def check(
         workspace=workspace,
         k_scale=k_scale,
         v_scale=v_scale,
+        prefill_kv_tokens=sum(m for _, m in lengths[num_decodes or 0 :]) if exact else None,
     )
     assert result is out
     want = torch.cat(expected)
@@ -172,7 +174,15 @@ def test_large(dtype: torch.dtype) -> None:
     check("cuda", dtype, [(1, random.randrange(1, 4000)) for _ in range(40)], (28, 4), 128)
     check("cuda", dtype, [(1, 9000)], (14, 2), 64)
     check("cuda", dtype, [(1, random.randrange(1, 300)) for _ in range(300)], (14, 2), 64)
-    check("cuda", dtype, [(1, 700), (1, 3), (1500, 1500), (300, 2000), (70, 70)], (28, 4), 128, num_decodes=2)
+    mixed = [(1, 700), (1, 3), (1500, 1500), (300, 2000), (70, 70)]
+    check("cuda", dtype, mixed, (28, 4), 128, num_decodes=2)
+    check("cuda", dtype, mixed, (14, 2), 64, num_decodes=2, exact=True, strided=True)
+    check("cuda", dtype, mixed, (16, 4), 128, num_decodes=0, exact=True, window=200)
+    check("cuda", dtype, mixed, (20, 1), 64, num_decodes=2, soft_cap=2.0, block_size=32)
+    # Too much context for gathered rows.
+    check("cuda", dtype, [(100, 9000), (50, 9000), (3, 20)], (8, 2), 128)
+    many = [(n, n) for n in (random.randrange(1, 700) for _ in range(70))]
+    check("cuda", dtype, many, (14, 2), 64, exact=True)
 
 
 @pytest.mark.gpu

@@ -61,6 +61,7 @@ def paged_attention(
     workspace: DecodeWorkspace | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    prefill_kv_tokens: int | None = None,
 ) -> Tensor:
     """Causal attention of every query token over its sequence's cached keys and values.
 
@@ -80,6 +81,8 @@ def paged_attention(
             else none (which is right for any batch, only slower).
         workspace: from `decode_workspace`; allocated at each call when missing.
         k_scale, v_scale: what stored float8 keys and values are multiplied by.
+        prefill_kv_tokens: sum of ``seq_lens`` after the first ``num_decodes`` (host integer), where known: long
+            prompts of uneven length are faster with it.
 
     Returns:
         ``out``.
@@ -92,6 +95,7 @@ def paged_attention(
         return paged_attention_triton(
             q, kv_cache, query_start, seq_lens, block_table, out, scale, max_query_len, max_seq_len,
             sliding_window, soft_cap, num_decodes, workspace, k_scale, v_scale,
+            prefill_kv_tokens,
         )  # fmt: skip
     if soft_cap == 0.0 and cpu.attention(
         q, kv_cache, query_start, seq_lens, block_table, out, scale, sliding_window

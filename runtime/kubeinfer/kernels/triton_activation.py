@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Triton kernel of `kubeinfer.kernels.activation`."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Triton kernels of `kubeinfer.kernels.attention`.
 
 Decode rows: one program a (sequence, KV head, split). The grid depends on the number of rows only, so a CUDA graph
@@ -7,7 +7,9 @@ second kernel merges the splits.
 
 Prefill rows: the query heads of one KV head are packed into the rows of one tile (``row = token * group + head``), so
 keys and values are read once for the group. Programs find their sequence by bisection over ``query_start``; the grid's
-size needs host integers only. Heaviest tiles (latest tokens) are launched first.
+size needs host integers only. Heaviest tiles (latest tokens) are launched first. Where prompts are long, keys and values are
+first gathered from their pages into contiguous rows, which the copy engine (TMA) then fetches whole tiles of: the gather
+costs a few percent of what the loads by address cost.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kubeinfer.kernels import tuned
+from kubeinfer.kernels.triton_launch import has_tensor_memory_accelerator, overlaps_launches
 
 if TYPE_CHECKING:
     from kubeinfer.kernels.attention import DecodeWorkspace
@@ -29,6 +34,10 @@ _LOG2E = 1.4426950408889634
 _MAX_SPLITS = 64
 # Programs the decode grid aims at: a few for each of the 132 multiprocessors, so that uneven contexts even out.
 _DECODE_PROGRAMS = 1056
+_TMA_HEAD_DIMS = (64, 128)
+# Below this the loads by address hide as well, and the gather's launch would cost more than it saves.
+_TMA_MIN_CONTEXT = 512
+_GATHER_TILE = 128
 
 
 @triton.jit
@@ -66,10 +75,14 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     seq_len = tl.load(seq_lens_ptr + seq)
     first = 0
     if WINDOW > 0:
@@ -145,9 +158,13 @@ def _merge_kernel(
     SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
     seq = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     seq_len = tl.load(seq_lens_ptr + seq)
     first = 0
     if WINDOW > 0:
@@ -174,9 +191,10 @@ def _prefill_tiles(
     total,
     m,
     q,
-    k_ptr,
-    v_ptr,
+    k_source,
+    v_source,
     table,
+    row_start,
     positions,
     begin,
     end,
@@ -191,27 +209,33 @@ def _prefill_tiles(
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
+    """Sources are tensor descriptors (``TMA``, the sequence's rows begin at ``row_start``) or pointers."""
     dims = tl.arange(0, D_PAD)
     for start in range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         keys = start + tl.arange(0, BLOCK_N)
-        if MASKED:
-            inside = keys < seq_len
-            page = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        if TMA:
+            k = k_source.load([row_start + start, 0])
+            v = v_source.load([row_start + start, 0])
         else:
-            page = tl.load(table + keys // BLOCK_SIZE).to(tl.int64)
-        offsets = (page * (HK * BLOCK_SIZE * D) + (keys % BLOCK_SIZE) * D)[:, None] + dims[None, :]
-        if MASKED or D != D_PAD:
-            mask = (dims < D)[None, :]
             if MASKED:
-                # Values past the end may be anything, NaN too: zero times them must be zero.
-                mask = mask & inside[:, None]
-            k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
-            v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
-        else:
-            k = tl.load(k_ptr + offsets)
-            v = tl.load(v_ptr + offsets)
+                inside = keys < seq_len
+                page = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+            else:
+                page = tl.load(table + keys // BLOCK_SIZE).to(tl.int64)
+            offsets = (page * (HK * BLOCK_SIZE * D) + (keys % BLOCK_SIZE) * D)[:, None] + dims[None, :]
+            if MASKED or D != D_PAD:
+                mask = (dims < D)[None, :]
+                if MASKED:
+                    # Values past the end may be anything, NaN too: zero times them must be zero.
+                    mask = mask & inside[:, None]
+                k = tl.load(k_source + offsets, mask=mask, other=0.0)
+                v = tl.load(v_source + offsets, mask=mask, other=0.0)
+            else:
+                k = tl.load(k_source + offsets)
+                v = tl.load(v_source + offsets)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
         if SOFT_CAP > 0:
             s = _capped(s * qk_scale, SOFT_CAP)
@@ -239,15 +263,19 @@ def _prefill_tiles(
     return acc, total, m
 
 
-@triton.jit(do_not_specialize=["num_blocks", "stride_table", "first_seq", "num_seqs"])
+@triton.jit(do_not_specialize=["num_blocks", "rows_per_head", "stride_table", "first_seq", "num_seqs"])
 def _prefill_kernel(
     q_ptr,
     kv_ptr,
+    k_rows,
+    v_rows,
+    row_starts_ptr,
     block_table_ptr,
     query_start_ptr,
     seq_lens_ptr,
     out_ptr,
     num_blocks,
+    rows_per_head,
     stride_table,
     first_seq,
     num_seqs,
@@ -265,6 +293,7 @@ def _prefill_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     head = tl.program_id(0)
@@ -304,8 +333,14 @@ def _prefill_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     table = block_table_ptr + seq.to(tl.int64) * stride_table
-    k_ptr = kv_ptr + head * (BLOCK_SIZE * D)
-    v_ptr = k_ptr + num_blocks.to(tl.int64) * (HK * BLOCK_SIZE * D)
+    row_start = 0
+    if TMA:
+        row_start = head * rows_per_head + tl.load(row_starts_ptr + low)
+        k_source = k_rows
+        v_source = v_rows
+    else:
+        k_source = kv_ptr + head * (BLOCK_SIZE * D)
+        v_source = k_source + num_blocks.to(tl.int64) * (HK * BLOCK_SIZE * D)
     first_position = context + first_token
     end = tl.minimum(first_position + BLOCK_Q, seq_len)
     if WINDOW > 0:
@@ -315,15 +350,61 @@ def _prefill_kernel(
         begin = 0
         full_end = (first_position + 1) // BLOCK_N * BLOCK_N
         acc, total, m = _prefill_tiles(
-            acc, total, m, q, k_ptr, v_ptr, table, positions, begin, full_end, seq_len, qk_scale,
-            HK, D, D_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, False,
+            acc, total, m, q, k_source, v_source, table, row_start, positions, begin, full_end, seq_len, qk_scale,
+            HK, D, D_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, False, TMA,
         )  # fmt: skip
     acc, total, m = _prefill_tiles(
-        acc, total, m, q, k_ptr, v_ptr, table, positions, full_end, end, seq_len, qk_scale,
-        HK, D, D_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, True,
+        acc, total, m, q, k_source, v_source, table, row_start, positions, full_end, end, seq_len, qk_scale,
+        HK, D, D_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, True, TMA,
     )  # fmt: skip
     acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
     tl.store(out_ptr + token_row[:, None] * STRIDE_OUT + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "rows_per_head", "stride_table", "first_seq", "num_seqs"])
+def _gather_kernel(
+    kv_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    rows_ptr,
+    row_starts_ptr,
+    num_blocks,
+    rows_per_head,
+    stride_table,
+    first_seq,
+    num_seqs,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SEQS_PAD: tl.constexpr,
+):
+    """Copies each sequence's keys and values to rows of ``[2, HK, rows_per_head, D]``, from a multiple of TILE on."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    which = tl.program_id(2)
+    seqs = tl.arange(0, SEQS_PAD)
+    lens = tl.load(seq_lens_ptr + first_seq + seqs, mask=seqs < num_seqs, other=0)
+    tiles = tl.cdiv(lens, TILE)
+    ends = tl.cumsum(tiles, 0)
+    if tile < tl.sum(tiles, 0):
+        owner = tl.sum((ends <= tile).to(tl.int32), 0)
+        first_tile = tl.sum(tl.where(seqs < owner, tiles, 0), 0)
+        seq_len = tl.sum(tl.where(seqs == owner, lens, 0), 0)
+        if (tile == first_tile) & (head == 0) & (which == 0):
+            tl.store(row_starts_ptr + owner, first_tile * TILE)
+        lanes = tl.arange(0, TILE)
+        dims = tl.arange(0, D)
+        keys = (tile - first_tile) * TILE + lanes
+        inside = keys < seq_len
+        table = block_table_ptr + (first_seq + owner).to(tl.int64) * stride_table
+        page = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        source = which * num_blocks.to(tl.int64) * (HK * BLOCK_SIZE * D) + page * (HK * BLOCK_SIZE * D)
+        source += head * (BLOCK_SIZE * D) + (keys % BLOCK_SIZE) * D
+        # Zeros past the end: what is masked out later must not be NaN.
+        x = tl.load(kv_ptr + source[:, None] + dims[None, :], mask=inside[:, None], other=0.0)
+        target = ((which * HK + head) * rows_per_head + tile * TILE + lanes).to(tl.int64) * D
+        tl.store(rows_ptr + target[:, None] + dims[None, :], x)
 
 
 def num_splits(num_seqs: int, num_kv_heads: int) -> int:
@@ -350,12 +431,12 @@ def _decode_config(head_dim: int, group: int, wide: bool, fp8: bool) -> tuple[in
 
 
 @functools.cache
-def _prefill_config(head_dim: int, group: int, wide: bool, fp8: bool) -> tuple[int, int, int, int]:
+def _prefill_config(head_dim: int, group: int, wide: bool, fp8: bool, tma: bool) -> tuple[int, int, int, int]:
     """``BLOCK_M``, ``BLOCK_N``, warps and pipeline stages of the prefill kernel."""
     smallest = max(16, triton.next_power_of_2(group))
     if wide:
         return max(32, smallest), 32, 4, 1
-    kind = "fp8" if fp8 else "16bit"
+    kind = "fp8" if fp8 else "tma" if tma else "16bit"
     found = tuned.lookup("attention", f"prefill/d{head_dim}/g{group}/{kind}", f"prefill/d{head_dim}/{kind}")
     if found is not None:
         return max(found["block_m"], smallest), found["block_n"], found["num_warps"], found["num_stages"]
@@ -380,6 +461,7 @@ def paged_attention_triton(
     workspace: DecodeWorkspace | None,
     k_scale: float,
     v_scale: float,
+    prefill_kv_tokens: int | None,
 ) -> Tensor:
     """`kubeinfer.kernels.attention.paged_attention` on CUDA tensors."""
     num_tokens, num_heads, head_dim = q.shape
@@ -392,6 +474,7 @@ def paged_attention_triton(
     qk_scale = scale * k_scale * _LOG2E
     stride_q, stride_out, stride_table = q.stride(0), out.stride(0), block_table.stride(0)
     if num_decodes > 0:
+        pdl = overlaps_launches()
         block_n, num_warps, num_stages = _decode_config(head_dim, group, wide, fp8)
         splits = num_splits(num_decodes, num_kv_heads)
         partial, lse = out, out
@@ -406,22 +489,44 @@ def paged_attention_triton(
             STRIDE_Q=stride_q, STRIDE_OUT=stride_out, HK=num_kv_heads, GROUP=group,
             GROUP_PAD=max(16, triton.next_power_of_2(group)), D=head_dim, D_PAD=head_dim_pad, BLOCK_SIZE=block_size,
             BLOCK_N=block_n, SPLITS=splits, WINDOW=sliding_window, SOFT_CAP=soft_cap, PRECISION=precision,
-            num_warps=num_warps, num_stages=num_stages,
+            PDL=pdl, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl,
         )  # fmt: skip
         if splits > 1:
             _merge_kernel[(num_heads, num_decodes)](
                 partial, lse, seq_lens, out, STRIDE_OUT=stride_out, HQ=num_heads, D=head_dim, D_PAD=head_dim_pad,
                 BLOCK_N=block_n, SPLITS=splits, SPLITS_PAD=max(2, splits), WINDOW=sliding_window,
-                num_warps=4 if splits > 16 else 1,
+                PDL=pdl, num_warps=4 if splits > 16 else 1, launch_pdl=pdl,
             )  # fmt: skip
     num_prefills = seq_lens.shape[0] - num_decodes
     if num_prefills > 0:
-        block_m, block_n, num_warps, num_stages = _prefill_config(head_dim, group, wide, fp8)
-        tiles = (num_tokens - num_decodes) // (block_m // group) + num_prefills
+        num_queries = num_tokens - num_decodes
+        k_rows = v_rows = row_starts = None
+        rows_per_head = 0
+        tma = False
+        if not wide and not fp8 and head_dim in _TMA_HEAD_DIMS and max_seq_len >= _TMA_MIN_CONTEXT:
+            # Without the exact sum, an upper bound. The rows stay within a small multiple of the step's own tokens.
+            total = prefill_kv_tokens if prefill_kv_tokens is not None else num_prefills * max_seq_len
+            rows_per_head = (total // _GATHER_TILE + num_prefills) * _GATHER_TILE
+            tma = rows_per_head <= 2 * max(num_queries, 8192) and has_tensor_memory_accelerator()
+        block_m, block_n, num_warps, num_stages = _prefill_config(head_dim, group, wide, fp8, tma)
+        if tma:
+            rows = torch.empty(
+                2, num_kv_heads * rows_per_head, head_dim, dtype=kv_cache.dtype, device=q.device
+            )
+            row_starts = torch.empty(num_prefills, dtype=torch.int32, device=q.device)
+            _gather_kernel[(rows_per_head // _GATHER_TILE, num_kv_heads, 2)](
+                kv_cache, block_table, seq_lens, rows, row_starts, num_blocks, rows_per_head, stride_table,
+                num_decodes, num_prefills, HK=num_kv_heads, D=head_dim, BLOCK_SIZE=block_size, TILE=_GATHER_TILE,
+                SEQS_PAD=max(2, triton.next_power_of_2(num_prefills)), num_warps=8,
+            )  # fmt: skip
+            k_rows = TensorDescriptor(rows[0], list(rows.shape[1:]), [head_dim, 1], [block_n, head_dim])
+            v_rows = TensorDescriptor(rows[1], list(rows.shape[1:]), [head_dim, 1], [block_n, head_dim])
+        tiles = num_queries // (block_m // group) + num_prefills
         _prefill_kernel[(num_kv_heads, tiles)](
-            q, kv_cache, block_table, query_start, seq_lens, out, num_blocks, stride_table, num_decodes, num_prefills,
-            qk_scale, v_scale, STRIDE_Q=stride_q, STRIDE_OUT=stride_out, HK=num_kv_heads, GROUP=group, D=head_dim,
-            D_PAD=head_dim_pad, BLOCK_SIZE=block_size, BLOCK_M=block_m, BLOCK_N=block_n, WINDOW=sliding_window,
-            SOFT_CAP=soft_cap, PRECISION=precision, num_warps=num_warps, num_stages=num_stages,
+            q, kv_cache, k_rows, v_rows, row_starts, block_table, query_start, seq_lens, out, num_blocks,
+            rows_per_head, stride_table, num_decodes, num_prefills, qk_scale, v_scale, STRIDE_Q=stride_q,
+            STRIDE_OUT=stride_out, HK=num_kv_heads, GROUP=group, D=head_dim, D_PAD=head_dim_pad,
+            BLOCK_SIZE=block_size, BLOCK_M=block_m, BLOCK_N=block_n, WINDOW=sliding_window, SOFT_CAP=soft_cap,
+            PRECISION=precision, TMA=tma, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Triton kernel of `kubeinfer.kernels.rope`: one program a token and a few heads of q, k or v."""
 
 from __future__ import annotations
@@ -7,6 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kubeinfer.kernels.triton_launch import overlaps_launches
 
 
 @triton.jit
@@ -43,10 +46,14 @@ def _rope_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Columns of a head: two rotated halves ``[0, HALF)``, ``[HALF, 2 HALF)`` and the unrotated rest."""
     t = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     Q_PARTS: tl.constexpr = (HQ + HEADS - 1) // HEADS
     K_PARTS: tl.constexpr = (HK + HEADS - 1) // HEADS
     half = tl.arange(0, HALF_PAD)
@@ -154,11 +161,12 @@ def rope_and_cache_triton(
     if cos_sin is None and q_norm_weight is None:
         # Nothing to do for q: no heads of it in the grid.
         parts, num_heads = 2 * -(-num_kv_heads // heads), 0
+    pdl = overlaps_launches()
     _rope_kernel[(num_tokens, parts)](
         q, k, v, positions, cos_sin if cos_sin is not None else q, slot_mapping, kv_cache,
         q_norm_weight if q_norm_weight is not None else q, k_norm_weight if k_norm_weight is not None else q,
         kv_cache.shape[1], eps, k_scale, v_scale, STRIDE_Q=q.stride(0), STRIDE_K=k.stride(0), STRIDE_V=v.stride(0),
         HQ=num_heads, HK=num_kv_heads, D=head_dim, HALF=half, HALF_PAD=max(2, triton.next_power_of_2(half)),
         REST_PAD=max(2, triton.next_power_of_2(head_dim - 2 * half)), BLOCK_SIZE=kv_cache.shape[3], HEADS=heads,
-        HAS_NORM=q_norm_weight is not None, num_warps=2,
+        HAS_NORM=q_norm_weight is not None, PDL=pdl, num_warps=2, launch_pdl=pdl,
     )  # fmt: skip

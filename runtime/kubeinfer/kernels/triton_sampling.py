@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Triton kernels of `kubeinfer.kernels.sampling`.
 
 Sampling is an arg-max over scores: the logits themselves for greedy rows, ``x - log(e)`` for sampled ones. The
@@ -238,7 +238,7 @@ def _threshold_kernel(
         if share > 0.0:
             threshold = top + tl.log(share)
         if limit_k & (k <= tl.sum(finite, 0)):
-            kth = _search(base, vocab, inverse, top, bottom, bottom, k.to(tl.float32), BLOCK, False)
+            kth = _search(base, vocab, inverse, top, bottom, bottom, k * 1.0, BLOCK, False)
             threshold = tl.maximum(threshold, kth)
         if p < 1.0:
             floor = tl.maximum(threshold, bottom)

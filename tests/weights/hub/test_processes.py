@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from hub import Fault, HubServer
 
 from .conftest import MODEL, WEIGHTS_SIZE

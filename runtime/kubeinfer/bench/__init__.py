@@ -1,0 +1,1 @@
+"""Measures engines and servers: ``kubeinfer bench throughput | latency | serve``."""

@@ -157,7 +157,7 @@ def pull_container(
     if settings.modelscope_endpoint:
         env.append({"name": "MODELSCOPE_ENDPOINT", "value": settings.modelscope_endpoint})
     ref = spec.model.token_secret_ref
-    if ref is not None:
+    if ref is not None and artifact.source.startswith(sources_of(spec.model)[0].scheme + "://"):
         # The token is for one hub: given only to the one that spec.model.uri names.
         variable = "MODELSCOPE_API_TOKEN" if artifact.source.startswith("modelscope://") else "HF_TOKEN"
         env.append({"name": variable, "valueFrom": {"secretKeyRef": {"name": ref.name, "key": ref.key}}})

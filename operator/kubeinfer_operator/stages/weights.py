@@ -18,7 +18,6 @@ from kubeinfer_operator.builders.weights import (
     excluded,
     owns_claim,
     placement,
-    pod_security,
     sources_of,
     storage_kind,
 )
@@ -269,7 +268,8 @@ class _Stage:
         extra = [
             self.spec.model.token_secret_ref.model_dump() if self.spec.model.token_secret_ref else None,
             placement(self.spec),
-            pod_security(self.spec, self.world.settings),
+            self.spec.template.run_as_user,
+            self.spec.template.fs_group,
         ]
         uid = claim["metadata"]["uid"] + names.digest(extra)
         return job_name(claim["metadata"]["name"], uid, artifact)
@@ -394,7 +394,7 @@ class _Stage:
 
     def follow(self, pod: Manifest | None, container: str) -> None:
         status = container_status(pod, container) if pod is not None else None
-        if pod is not None and status is not None and status.get("state", {}).get("running"):
+        if pod is not None and status is not None and status.get("state", {}).get("running") is not None:
             self.out.follow = Follow(self.namespace, pod["metadata"]["name"], container)
             self.out.look_again(self.world.settings.progress_seconds)
 

@@ -146,7 +146,7 @@ async def test_requests_that_cannot_be_served_never_reach_the_engine(make: Make)
     with pytest.raises(RequestError, match="max_model_len"):
         await collect(llm, [5] * 500, LONG)
     with pytest.raises(RequestError, match="max_model_len"):
-        await collect(llm, "long text " * 5000, LONG)  # tokenized in a thread
+        await collect(llm, "ab " * 2000, LONG)  # tokenized in a thread
     stream = await llm.submit("Hello", LONG, "same")
     with pytest.raises(RequestError, match="in use"):
         await llm.submit("Hello", LONG, "same")
@@ -175,13 +175,13 @@ async def test_the_queue_is_bounded(make: Make) -> None:
 async def test_long_prompts_do_not_hold_up_the_event_loop(make: Make) -> None:
     llm, _ = make()
     text = "The quick brown fox jumps over the lazy dog. " * 40_000
-    task = asyncio.create_task(collect(llm, text, LONG))
+    params = SamplingParams(max_tokens=1, truncate_prompt_tokens=50)
+    task = asyncio.create_task(collect(llm, text, params))
     turns = 0
     while not task.done():
         await asyncio.sleep(0.001)
         turns += 1
-    with pytest.raises(RequestError):
-        await task
+    assert (await task)[-1].finished
     assert turns > 20
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kubeinfer.errors import RequestError
 from kubeinfer.sampling_params import SamplingParams
@@ -200,3 +202,23 @@ def test_defaults_of_the_generation_config() -> None:
         "max_tokens": 64,
     }
     assert default_sampling_params({}) == {}
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = processor()
+    monkeypatch.setattr(inputs.tokenizer, "encode", lambda *args: pytest.fail("tokenized"))
+    with pytest.raises(RequestError, match="tokens at the least") as caught:
+        inputs.process("word " * 1_000_000, SamplingParams(), "r")
+    assert caught.value.param == "prompt"
+
+
+@given(text=st.text(max_size=60), copies=st.integers(1, 60))
+@settings(deadline=None, max_examples=100)
+def test_the_least_number_of_tokens_is_never_too_high(text: str, copies: int) -> None:
+    for tokenizer in (byte_level(), sentencepiece_like()):
+        whole = text * copies
+        try:
+            ids = tokenizer.encode(whole, add_special_tokens=False)
+        except TypeError:
+            continue  # a lone surrogate
+        assert tokenizer.least_tokens(whole) <= len(ids)

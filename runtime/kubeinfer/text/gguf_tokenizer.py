@@ -44,7 +44,9 @@ _REGEX_RULES = {
     "tekken": _TEKKEN,
 }
 _DIGIT_RULES = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-_GPT2_RULES = ("default", "gpt-2", "gpt2", "phi-2", "olmo", "jais", "mpt", "roberta-bpe", "bloom")
+_GPT2_RULES = ("default", "gpt-2", "gpt2", "phi-2", "olmo", "jais", "mpt")
+# Files from before tokenizer.ggml.pre: what the architecture's models use.
+_OLD_FILES = {"qwen2": "qwen2", "qwen2moe": "qwen2", "qwen3": "qwen2"}
 _IGNORE_MERGES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "tekken", "pixtral")
 
 
@@ -100,7 +102,7 @@ def _byte_level(meta: dict[str, Any], tokens: list[str], path: str | Path) -> To
             f"{path} holds a BPE vocabulary without merges; name the tokenizer's folder with --tokenizer."
         )
     vocab = {token: index for index, token in enumerate(tokens)}
-    rule = meta.get("tokenizer.ggml.pre", "default")
+    rule = meta.get("tokenizer.ggml.pre") or _OLD_FILES.get(str(meta.get("general.architecture")), "default")
     backend = Tokenizer(
         BPE(
             vocab=vocab,

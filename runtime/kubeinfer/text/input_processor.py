@@ -95,6 +95,8 @@ class InputProcessor:
         arrival_time: float | None = None,
     ) -> ProcessedRequest:
         """Check and tokenize. Raises :class:`RequestError` naming the field that cannot be served."""
+        if params.truncate_prompt_tokens is None:
+            self._refuse_hopeless(prompt)
         text, ids, salt = self._tokenize(prompt)
         return self.finish(
             text,
@@ -148,6 +150,22 @@ class InputProcessor:
         if isinstance(prompt, Mapping):
             prompt = prompt.get("prompt") or ""
         return isinstance(prompt, str) and len(prompt) > characters
+
+    def _refuse_hopeless(self, prompt: Prompt) -> None:
+        """Refuse a text that cannot fit whatever its tokens are, before seconds are spent on them."""
+        text = (
+            prompt.get("prompt")
+            if isinstance(prompt, Mapping) and "prompt_token_ids" not in prompt
+            else prompt
+        )
+        if isinstance(text, str) and len(text) > LONG_TEXT:
+            least = self.tokenizer.least_tokens(text)
+            if least >= self.max_model_len:
+                raise RequestError(
+                    f"the prompt has {len(text)} characters, so {least} tokens at the least, and max_model_len is "
+                    f"{self.max_model_len} tokens, prompt and output together; raise max_model_len, or shorten the prompt.",
+                    "prompt",
+                )
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         if isinstance(prompt, str):

@@ -60,6 +60,7 @@ class Tokenizer:
         self.chat_templates = chat_templates or {}
         self._backend = backend
         self._hf = hf
+        self._most_characters: int | None = None
         self.decoder: TokenDecoder
         if backend is not None:
             backend.no_truncation()
@@ -139,6 +140,12 @@ class Tokenizer:
         token = self._hf.convert_ids_to_tokens(token_id)
         return token if isinstance(token, str) else None
 
+    def least_tokens(self, text: str) -> int:
+        """A count that no tokenization of ``text`` is below: a cheap look before an expensive one. 0: not known."""
+        if self._most_characters is None:
+            self._most_characters = 0 if self._backend is None else _most_characters(self._backend)
+        return -(-len(text) // self._most_characters) if self._most_characters else 0
+
     def to_transformers(self) -> Any:
         """A transformers tokenizer that gives the same ids and holds the chat template. Imports transformers."""
         if self._hf is None:
@@ -154,6 +161,18 @@ class Tokenizer:
                 **self.special_tokens,
             )
         return self._hf
+
+
+def _most_characters(backend: Backend) -> int:
+    """The most characters of text that one token can stand for; 0 where the normalizer may drop any number."""
+    normalizer = backend.normalizer
+    kind = type(normalizer).__name__
+    if normalizer is not None and kind not in ("NFC", "Prepend"):
+        return 0
+    longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=0)
+    if any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):
+        return 0  # such a token swallows all the space beside it
+    return longest * (4 if kind == "NFC" else 1)  # composition: at most a few characters become one
 
 
 def load_tokenizer(options: EngineOptions, model_path: str | Path) -> Tokenizer:

@@ -3,7 +3,9 @@
     PYTHONPATH=runtime python3 benchmarks/kernels.py
 
 Bandwidth is quoted as a share of a large device-to-device copy (bytes read plus written), measured in the same run;
-attention prefill in TFLOP/s of the causal half. Every time is the median over runs with a cold L2 cache.
+attention prefill in TFLOP/s of the causal half. Times are of replayed CUDA graphs of several calls, as the engine runs
+them; decode attention takes turns over caches that together are several times the L2 cache. Small inputs stay in the L2
+cache, as they do between the kernels of a step, so their share of the copy can exceed 100%.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench
+from triton.testing import do_bench_cudagraph
 
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.attention import decode_workspace, paged_attention
@@ -28,8 +31,14 @@ DEVICE = "cuda"
 BF16 = torch.bfloat16
 
 
-def microseconds(run: Callable[[], object]) -> float:
-    return float(do_bench(run, warmup=10, rep=50, return_mode="median")) * 1e3
+def microseconds(*runs: Callable[[], object]) -> float:
+    """Median time of one call; several calls take turns."""
+
+    def turns() -> None:
+        for run in runs:
+            run()
+
+    return float(do_bench_cudagraph(turns, rep=30, return_mode="median")) * 1e3 / len(runs)
 
 
 def copy_bandwidth() -> float:
@@ -52,10 +61,8 @@ def paged_cache(
     return cache, table.to(DEVICE)
 
 
-def decode_run(
-    batch: int, context: int, hq: int, hk: int, d: int, block_size: int
-) -> tuple[Callable[[], object], int]:
-    """The decode attention of one layer, and the bytes of keys and values it must read."""
+def decode_run(batch: int, context: int, hq: int, hk: int, d: int, block_size: int) -> Callable[[], object]:
+    """The decode attention of one layer."""
     cache, table = paged_cache([context] * batch, hk, d, block_size)
     q = torch.randn(batch, hq, d, device=DEVICE, dtype=BF16)
     out = torch.empty_like(q)
@@ -77,7 +84,7 @@ def decode_run(
             workspace=workspace,
         )
 
-    return run, 2 * batch * context * hk * d * 2
+    return run
 
 
 def prefill_run(
@@ -112,150 +119,148 @@ def host_cost(run: Callable[[], object]) -> float:
     return spent / 200 * 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--block-size", type=int, default=16)
-    block_size = parser.parse_args().block_size
-    torch.manual_seed(0)
-    ceiling = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: copy {ceiling / 1e12:.2f} TB/s, block size {block_size}")
+class Table:
+    """Prints rows of name, time and share of the copy bandwidth."""
 
-    print("\ndecode attention: sequences x context, heads, head size -> us, TB/s, share of copy")
+    def __init__(self, ceiling: float):
+        self.ceiling = ceiling
+
+    def row(self, name: str, size: int, *runs: Callable[[], object]) -> None:
+        us = microseconds(*runs)
+        print(f"{name:34} {us:8.1f} us {size / us * 1e6 / self.ceiling:7.1%}", flush=True)
+
+
+def attention(table: Table, block_size: int) -> None:
+    print("\ndecode attention: sequences x context, heads, head size -> us, share of copy")
     shapes = [(28, 4, 128), (14, 2, 64), (32, 8, 128), (32, 8, 64)]
-    cases = [(64, 4096, *s) for s in shapes] + [
-        (1, 4096, 28, 4, 128),
-        (1, 512, 14, 2, 64),
-        (256, 512, 28, 4, 128),
-    ]
-    for batch, context, hq, hk, d in cases:
-        run, size = decode_run(batch, context, hq, hk, d, block_size)
-        us = microseconds(run)
-        print(
-            f"{batch:4} x {context:5} {hq:3}:{hk} {d:4}  {us:8.1f} {size / us / 1e6:6.2f} {size / us * 1e6 / ceiling:7.1%}"
-        )
-
+    few = [(1, 512), (1, 4096), (8, 1024), (256, 512)]
+    for batch, context, hq, hk, d in [
+        *((64, 4096, *s) for s in shapes),
+        *((*f, *s) for s in shapes[:2] for f in few),
+    ]:
+        size = 2 * batch * context * hk * d * 2
+        turns = min(16, max(2, (400 << 20) // size))
+        runs = [decode_run(batch, context, hq, hk, d, block_size) for _ in range(turns)]
+        table.row(f"{batch} x {context}, {hq}:{hk}, {d}", size, *runs)
     print("\nprefill attention: prompts, heads, head size -> us, TFLOP/s")
     for lengths in ([8192], [2048] * 4, [256] * 32):
         for hq, hk, d in shapes[:3]:
             run, work = prefill_run(lengths, hq, hk, d, block_size)
             us = microseconds(run)
-            print(f"{len(lengths):3} x {lengths[0]:5} {hq:3}:{hk} {d:4}  {us:8.1f} {work / us / 1e6:7.1f}")
+            name = f"{len(lengths)} x {lengths[0]}, {hq}:{hk}, {d}"
+            print(f"{name:34} {us:8.1f} us {work / us / 1e6:7.1f}", flush=True)
 
-    print("\nothers: tokens -> us, share of copy")
 
-    def row(name: str, size: int, run: Callable[[], object]) -> None:
-        us = microseconds(run)
-        print(f"{name:34} {us:8.1f} {size / us * 1e6 / ceiling:7.1%}")
-
-    for tokens in (64, 8192):
-        for width, inner in ((896, 4864), (3584, 18944)):
-            x = torch.randn(tokens, width, device=DEVICE, dtype=BF16)
-            residual, weight, out = (
-                torch.randn_like(x),
-                torch.ones(width, device=DEVICE, dtype=BF16),
-                torch.empty_like(x),
-            )
-            row(
-                f"rms_norm {tokens} x {width}",
-                2 * x.nbytes,
-                lambda x=x, w=weight, o=out: rms_norm(x, w, 1e-6, o),
-            )  # type: ignore[misc]
-            row(
-                f"fused_add_rms_norm {tokens} x {width}",
-                4 * x.nbytes,
-                lambda x=x, r=residual, w=weight, o=out: fused_add_rms_norm(x, r, w, 1e-6, o),  # type: ignore[misc]
-            )
-            gate = torch.randn(tokens, 2 * inner, device=DEVICE, dtype=BF16)
-            up = torch.empty(tokens, inner, device=DEVICE, dtype=BF16)
-            row(
-                f"silu_and_mul {tokens} x {inner}",
-                gate.nbytes + up.nbytes,
-                lambda g=gate, u=up: silu_and_mul(g, u),
-            )  # type: ignore[misc]
-        for hq, hk, d in shapes[:2]:
-            cache, _ = paged_cache([tokens + 16], hk, d, block_size)
-            qkv = torch.randn(tokens, hq + 2 * hk, d, device=DEVICE, dtype=BF16)
-            q, k, v = qkv.split([hq, hk, hk], 1)
-            positions = torch.arange(tokens, device=DEVICE)
-            angles = torch.randn(tokens, d, device=DEVICE)
-            slots = torch.randperm(tokens, device=DEVICE).int()
-            row(
-                f"rope_and_cache {tokens} x {hq}:{hk} {d}",
-                2 * qkv.nbytes,
-                lambda a=(q, k, v, positions, angles, slots, cache): rope_and_cache(*a),  # type: ignore[misc]
-            )
-        table = torch.randn(151936, 3584, device=DEVICE, dtype=BF16)
-        ids = torch.randint(0, 151936, (tokens,), device=DEVICE)
-        row(
-            f"embedding {tokens} x 3584",
-            2 * tokens * 3584 * 2,
-            lambda i=ids: vocab_parallel_embedding(i, table),
-        )  # type: ignore[misc]
-
-    print("\nsampler, vocabulary 151,936: rows, dtype -> us, share of copy (one read of the logits)")
-    vocab = 151936
-    for batch in (1, 64, 256, 1024):
-        ones, zeros = torch.ones(batch, device=DEVICE), torch.zeros(batch, device=DEVICE)
-        seeds = torch.arange(batch, device=DEVICE)
-        top_k = torch.full((batch,), 40, dtype=torch.int32, device=DEVICE)
-        for dtype in (BF16, torch.float32):
-            logits = torch.randn(batch, vocab, device=DEVICE).mul_(2).to(dtype)
-            base = {"seeds": seeds, "positions": seeds, "min_p": zeros, "any_min_p": False}
-            off = {"any_top_k": False, "any_top_p": False}
-
-            def case(name: str, temperature: Tensor, p: float, **flags: bool) -> None:
-                call = dict(base, temperature=temperature, top_k=top_k, top_p=ones * p, **flags)
-                row(f"{name} {batch} {str(dtype)[6:]}", logits.nbytes, lambda: sample(logits, **call))  # noqa: B023
-
-            case("greedy", zeros, 1.0, any_sampled=False, **off)
-            case("temperature", ones, 1.0, **off)
-            case("top-k 40", ones, 1.0, any_top_p=False)
-            case("top-p 0.9", ones, 0.9, any_top_k=False)
-            case("top-k 40, top-p 0.9", ones, 0.9)
-        row(f"logprobs 5 {batch} float32", logits.nbytes, lambda: logprobs(logits, seeds, 5))  # noqa: B023
-    rows = torch.arange(256, dtype=torch.int32, device=DEVICE)
-    logits = torch.randn(256, vocab, device=DEVICE)
-    mask = torch.rand(256, vocab, device=DEVICE) < 0.01
-    counts = mask.int()
-    half, two = torch.full((256,), 0.5, device=DEVICE), torch.full((256,), 2.0, device=DEVICE)
-    row(
-        "apply_penalties 256",
-        2 * logits.nbytes + mask.nbytes + counts.nbytes,
-        lambda: apply_penalties(logits, mask, counts, rows, half, half, two),
+def pointwise(table: Table, tokens: int, block_size: int) -> None:
+    for width, inner in ((896, 4864), (3584, 18944)):
+        x = torch.randn(tokens, width, device=DEVICE, dtype=BF16)
+        residual, weight, out = (
+            torch.randn_like(x),
+            torch.ones(width, device=DEVICE, dtype=BF16),
+            torch.empty_like(x),
+        )
+        gate = torch.randn(tokens, 2 * inner, device=DEVICE, dtype=BF16)
+        up = torch.empty(tokens, inner, device=DEVICE, dtype=BF16)
+        table.row(f"rms_norm {tokens} x {width}", 2 * x.nbytes, partial(rms_norm, x, weight, 1e-6, out))
+        added = partial(fused_add_rms_norm, x, residual, weight, 1e-6, out)
+        table.row(f"fused_add_rms_norm {tokens} x {width}", 4 * x.nbytes, added)
+        table.row(
+            f"silu_and_mul {tokens} x {inner}", gate.nbytes + up.nbytes, partial(silu_and_mul, gate, up)
+        )
+    for hq, hk, d in ((28, 4, 128), (14, 2, 64)):
+        qkv = torch.randn(tokens, hq + 2 * hk, d, device=DEVICE, dtype=BF16)
+        table.row(
+            f"rope_and_cache {tokens} x {hq}:{hk}, {d}", 2 * qkv.nbytes, rope_run(qkv, hq, hk, block_size)
+        )
+    weights = torch.randn(151936, 3584, device=DEVICE, dtype=BF16)
+    ids = torch.randint(0, 151936, (tokens,), device=DEVICE)
+    table.row(
+        f"embedding {tokens} x 3584", 4 * tokens * 3584, partial(vocab_parallel_embedding, ids, weights)
     )
-    tables = torch.zeros(1024, 512, dtype=torch.int32, device=DEVICE)
-    last, computed = (
-        torch.zeros(1024, dtype=torch.int64, device=DEVICE),
-        torch.zeros(1024, dtype=torch.int32, device=DEVICE),
-    )
-    inputs = step_inputs(256, 256, 512, DEVICE)
-    row(
-        "prepare_decode 256",
-        2 * 256 * 512 * 4,
-        lambda: prepare_decode(rows, last, tables, computed, block_size, inputs),
-    )
-    row("store_sampled 256", 256 * 24, lambda: store_sampled(rows, last[:256], last, computed))
 
-    print("\nhost time of one call, us (launches queued, nothing waited for)")
+
+def rope_run(qkv: Tensor, hq: int, hk: int, block_size: int) -> Callable[[], object]:
+    tokens, _, d = qkv.shape
+    cache, _ = paged_cache([tokens + block_size], hk, d, block_size)
+    q, k, v = qkv.split([hq, hk, hk], 1)
+    positions, slots = torch.arange(tokens, device=DEVICE), torch.randperm(tokens, device=DEVICE).int()
+    return partial(rope_and_cache, q, k, v, positions, torch.randn(tokens, d, device=DEVICE), slots, cache)
+
+
+def sampler(table: Table, batch: int, vocab: int = 151936) -> None:
+    ones, zeros = torch.ones(batch, device=DEVICE), torch.zeros(batch, device=DEVICE)
+    seeds = torch.arange(batch, device=DEVICE)
+    top_k = torch.full((batch,), 40, dtype=torch.int32, device=DEVICE)
+    for dtype in (BF16, torch.float32):
+        logits = torch.randn(batch, vocab, device=DEVICE).mul_(2).to(dtype)
+
+        def case(
+            name: str, temperature: Tensor, p: float, k: bool, sampled: bool = True, x: Tensor = logits
+        ) -> None:
+            run = partial(
+                sample, x, temperature, top_k, ones * p, zeros, seeds, seeds, any_sampled=sampled, any_top_k=k,
+                any_top_p=p < 1, any_min_p=False,
+            )  # fmt: skip
+            table.row(f"{name}, {batch} {str(x.dtype)[6:]}", x.nbytes, run)
+
+        case("greedy", zeros, 1.0, False, sampled=False)
+        case("temperature", ones, 1.0, False)
+        case("top-k 40", ones, 1.0, True)
+        case("top-p 0.9", ones, 0.9, False)
+        case("top-k 40, top-p 0.9", ones, 0.9, True)
+    logits = torch.randn(batch, vocab, device=DEVICE)
+    table.row(f"logprobs 5, {batch} float32", logits.nbytes, partial(logprobs, logits, seeds, 5))
+    mask = torch.rand(batch, vocab, device=DEVICE) < 0.01
+    half, two = torch.full((batch,), 0.5, device=DEVICE), torch.full((batch,), 2.0, device=DEVICE)
+    run = partial(apply_penalties, logits, mask, mask.int(), seeds.int(), half, half, two)
+    table.row(f"apply_penalties, {batch}", 3 * logits.nbytes + mask.nbytes, run)
+
+
+def host_costs(block_size: int) -> None:
     x = torch.randn(8, 896, device=DEVICE, dtype=BF16)
     weight, out = torch.ones(896, device=DEVICE, dtype=BF16), torch.empty_like(x)
-    print(f"rms_norm {host_cost(lambda: rms_norm(x, weight, 1e-6, out)):.1f}")
     gate, up = (
         torch.randn(8, 9728, device=DEVICE, dtype=BF16),
         torch.empty(8, 4864, device=DEVICE, dtype=BF16),
     )
-    print(f"silu_and_mul {host_cost(lambda: silu_and_mul(gate, up)):.1f}")
-    run, _ = decode_run(8, 64, 14, 2, 64, block_size)
-    print(f"paged_attention, decode {host_cost(run):.1f}")
-    run, _ = prefill_run([64] * 2, 14, 2, 64, block_size)
-    print(f"paged_attention, prefill {host_cost(run):.1f}")
     qkv = torch.randn(8, 18, 64, device=DEVICE, dtype=BF16)
-    q, k, v = qkv.split([14, 2, 2], 1)
-    cache, _ = paged_cache([64], 2, 64, block_size)
-    positions, angles = torch.arange(8, device=DEVICE), torch.randn(64, 64, device=DEVICE)
-    slots = torch.arange(8, dtype=torch.int32, device=DEVICE)
-    print(f"rope_and_cache {host_cost(lambda: rope_and_cache(q, k, v, positions, angles, slots, cache)):.1f}")
-    print(f"torch.add {host_cost(lambda: torch.add(x, x, out=out)):.1f}")
+    calls: dict[str, Callable[[], object]] = {
+        "torch.add": partial(torch.add, x, x, out=out),
+        "rms_norm": partial(rms_norm, x, weight, 1e-6, out),
+        "silu_and_mul": partial(silu_and_mul, gate, up),
+        "rope_and_cache": rope_run(qkv, 14, 2, block_size),
+        "paged_attention, decode": decode_run(8, 64, 14, 2, 64, block_size),
+        "paged_attention, prefill": prefill_run([64] * 2, 14, 2, 64, block_size)[0],
+        "paged_attention, long prefill": prefill_run([600] * 2, 14, 2, 64, block_size)[0],
+    }
+    for name, run in calls.items():
+        print(f"{name:34} {host_cost(run):8.1f} us")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--block-size", type=int, default=16)
+    block_size = parser.parse_args().block_size
+    torch.manual_seed(0)
+    table = Table(copy_bandwidth())
+    print(f"{torch.cuda.get_device_name()}: copy {table.ceiling / 1e12:.2f} TB/s, block size {block_size}")
+    attention(table, block_size)
+    print("\nothers: tokens -> us, share of copy")
+    for tokens in (64, 8192):
+        pointwise(table, tokens, block_size)
+    print("\nsampler, vocabulary 151,936: rows -> us, share of copy (one read of the logits)")
+    for batch in (1, 64, 256, 1024):
+        sampler(table, batch)
+    rows = torch.arange(256, dtype=torch.int32, device=DEVICE)
+    tables = torch.zeros(1024, 512, dtype=torch.int32, device=DEVICE)
+    last = torch.zeros(1024, dtype=torch.int64, device=DEVICE)
+    computed = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
+    inputs = step_inputs(256, 256, 512, DEVICE)
+    prepare = partial(prepare_decode, rows, last, tables, computed, block_size, inputs)
+    table.row("prepare_decode 256", 2 * 256 * 512 * 4, prepare)
+    table.row("store_sampled 256", 256 * 24, partial(store_sampled, rows, last[:256], last, computed))
+    print("\nhost time of one call (launches queued, nothing waited for)")
+    host_costs(block_size)
 
 
 if __name__ == "__main__":

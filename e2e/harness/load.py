@@ -148,7 +148,7 @@ def main() -> None:
                 "results": [
                     {
                         key: result[key]
-                        for key in ("status", "error", "seconds", "headers", "text", "keepalives")
+                        for key in ("status", "error", "seconds", "first", "headers", "text", "keepalives")
                     }
                     for result in results
                 ]

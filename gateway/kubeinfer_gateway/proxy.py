@@ -33,6 +33,8 @@ _NOT_FORWARDED = HOP_BY_HOP | {
 _NOT_RETURNED = HOP_BY_HOP | {b"x-request-id"}
 _COLLECT_LIMIT = 1 << 20
 _FALSE_STARTS = (502, 503, 504)
+# A runtime that is shutting down answers 503 with Retry-After. It is asked again after that time, this at most.
+_PAUSE_MAX = 10
 
 
 class _Retry(Exception):
@@ -378,8 +380,10 @@ class Proxy:
             code="upstream_unavailable",
             retry_after=2,
         )
-        if head.status == 503 and (not head.keep_alive or head.get(b"x-kubeinfer-draining") is not None):
-            model.draining(endpoint)
+        wait = head.get(b"retry-after")
+        if head.status == 503 and (wait is not None or not head.keep_alive):
+            seconds = int(wait) if wait is not None and wait.isdigit() else _PAUSE_MAX
+            model.pause(endpoint, min(max(seconds, 1), _PAUSE_MAX))
             raise _Retry(refused)
         self._count_failure(model, endpoint, f"status_{head.status}")
         if exchange.retries < self.options.retries and model.pick(b"", (endpoint,)) is not None:

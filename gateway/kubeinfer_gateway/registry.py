@@ -59,7 +59,6 @@ class RoutingPolicy:
     eject_after: int = 3
     eject_seconds: float = 2.0
     eject_max_seconds: float = 60.0
-    drain_seconds: float = 10.0
 
 
 class Endpoint:
@@ -180,11 +179,11 @@ class Model:
         endpoint.close_idle()
         return True
 
-    def draining(self, endpoint: Endpoint) -> None:
-        """The endpoint said that it is leaving; discovery may be a moment late to say so."""
-        endpoint.draining_until = time.monotonic() + self.policy.drain_seconds
+    def pause(self, endpoint: Endpoint, seconds: float) -> None:
+        """The endpoint said that it takes no requests, mostly since it is leaving; discovery may be late to say so."""
+        endpoint.draining_until = time.monotonic() + seconds
         endpoint.close_idle()
-        asyncio.get_running_loop().call_later(self.policy.drain_seconds + 0.01, self.wake)
+        asyncio.get_running_loop().call_later(seconds + 0.01, self.wake)
 
     def enter(self, limit: int) -> None:
         """Takes a place in the queue. Raises GatewayError 429 where `limit` requests have one already."""

@@ -114,6 +114,21 @@ async def test_the_only_endpoint_drains_and_another_follows(bench: Any) -> None:
     response.release()
 
 
+async def test_the_only_endpoint_takes_requests_again(bench: Any) -> None:
+    runtime = await bench.runtime(draining=True)
+    runtime.requests.append({})  # the answer says Retry-After: 1
+    await bench.start()
+    bench.serve("m", runtime)
+    request = asyncio.create_task(bench.chat().__aenter__())
+    await asyncio.sleep(0.5)
+    runtime.draining = False
+    begin = time.monotonic()
+    response = await request
+    assert response.status == 200
+    assert time.monotonic() - begin < 1.5
+    response.release()
+
+
 @pytest.mark.parametrize("status", [502, 503, 504])
 async def test_refusals_go_to_another_endpoint(bench: Any, status: int) -> None:
     bad = await bench.runtime(name="bad", status=status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -131,3 +132,37 @@ def test_smollm2_knows_the_capital_of_france() -> None:
         out = llm.chat(chat, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0].outputs[0]
         assert "Paris" in out.text
         assert out.finish_reason == "stop"
+
+
+async def test_readers_that_leave_at_random_leak_nothing(served: AsyncLLM) -> None:
+    draw = random.Random(5)
+
+    async def one(at: int) -> int:
+        params = SamplingParams(
+            max_tokens=draw.randrange(1, 60),
+            n=draw.choice([1, 1, 2]),
+            stop=draw.choice([None, "e", "the"]),
+            ignore_eos=True,
+        )
+        leave_after = draw.choice([0, 1, 3, 1000])
+        await asyncio.sleep(draw.random() * 0.5)
+        stream = await served.submit("Hello " * draw.randrange(1, 60), params, f"r{at}")
+        seen = 0
+        try:
+            async for part in stream:
+                seen += sum(len(out.token_ids) for out in part.outputs)
+                if seen > leave_after:
+                    break
+        finally:
+            stream.close()
+        return seen
+
+    await asyncio.gather(*(one(at) for at in range(150)))
+    assert served.num_unfinished == 0
+    assert served._output.num_unfinished == 0
+    async for _ in served.generate("a", SamplingParams(max_tokens=2, ignore_eos=True), "last"):
+        pass
+    await served._client.check_integrity()  # type: ignore[attr-defined]
+    async for _ in served.generate("a", SamplingParams(max_tokens=2, ignore_eos=True), "after"):
+        pass
+    assert (served.stats.num_running, served.stats.num_waiting, served.stats.kv_cache_usage) == (0, 0, 0)

@@ -41,6 +41,7 @@ class SampleState:
         "finish_reason",
         "has_news",
         "index",
+        "is_plain",
         "last_token_time",
         "logprobs",
         "new_ids",
@@ -64,6 +65,7 @@ class SampleState:
         wants_logprobs = request.params.logprobs is not None
         self.logprobs: list[dict[int, Logprob]] | None = [] if wants_logprobs else None
         self.cumulative_logprob: float | None = 0.0 if wants_logprobs else None
+        self.is_plain = not wants_logprobs  # nothing is made of a token before the sequence ends
         self.last_token_time = 0.0
         # Since the last take(), for streaming.
         self.has_news = False
@@ -199,6 +201,7 @@ class OutputProcessor:
         for sample in state.samples:
             if params.detokenize and self._tokenizer is not None and (self._streaming or params.stop):
                 sample.detokenizer = Detokenizer(self._tokenizer, state.prompt_token_ids, params)
+                sample.is_plain = False
             self._samples[sample.engine_id] = sample
         return state
 
@@ -227,6 +230,8 @@ class OutputProcessor:
                 if self._stream(sample, out, now):
                     aborts.append(sample.engine_id)
                 touched.append(sample.request)
+            elif sample.is_plain and out.finish_reason is None and sample.token_ids:
+                sample.token_ids += out.new_token_ids  # by far the most common case
             else:
                 if self._collect(sample, out):
                     aborts.append(sample.engine_id)

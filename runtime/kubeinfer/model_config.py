@@ -76,7 +76,14 @@ def resolve_path(options: EngineOptions) -> Path:
 
     if not options.model:
         raise OptionError("model: give a folder, a GGUF file or ORG/NAME.", "model")
-    return Path(resolve_model_path(options.model, revision=options.revision, download_dir=options.download_dir))
+    return Path(
+        resolve_model_path(
+            options.model,
+            revision=options.revision,
+            download_dir=options.download_dir,
+            weights=options.load_format != "dummy",
+        )
+    )
 
 
 def load_model_config(options: EngineOptions) -> ModelConfig:
@@ -115,7 +122,8 @@ def _generation_config(options: EngineOptions, own: dict[str, Any]) -> dict[str,
         config = _read_json(Path(options.generation_config) / "generation_config.json")
         if not config:
             raise OptionError(
-                f"generation_config: {options.generation_config} has no generation_config.json.", "generation_config"
+                f"generation_config: {options.generation_config} has no generation_config.json.",
+                "generation_config",
             )
     return {**config, **(options.override_generation_config or {})}
 
@@ -147,10 +155,15 @@ def _normalise(
     rope = _rope(hf)
     limit = int(hf.get("max_position_embeddings") or 2048)
     scaling = rope.scaling
-    if scaling["rope_type"] in ("linear", "dynamic", "yarn") and "original_max_position_embeddings" not in scaling:
+    if (
+        scaling["rope_type"] in ("linear", "dynamic", "yarn")
+        and "original_max_position_embeddings" not in scaling
+    ):
         limit = int(limit * float(scaling.get("factor", 1.0)))
     elif scaling["rope_type"] == "yarn":
-        limit = max(limit, int(scaling["original_max_position_embeddings"] * float(scaling.get("factor", 1.0))))
+        limit = max(
+            limit, int(scaling["original_max_position_embeddings"] * float(scaling.get("factor", 1.0)))
+        )
     # Dynamic scaling changes every position once it stretches, so it is used only where a longer length is asked for.
     trained = int(hf.get("max_position_embeddings") or 2048)
     max_len = options.max_model_len or (trained if scaling["rope_type"] == "dynamic" else limit)
@@ -163,7 +176,8 @@ def _normalise(
     if hf.get("quantization_config") or options.quantization not in (None, "gguf"):
         method = options.quantization or hf["quantization_config"].get("quant_method", "unknown")
         raise OptionError(
-            f"quantization {method} is not supported yet; use the model's unquantized or GGUF weights.", "quantization"
+            f"quantization {method} is not supported yet; use the model's unquantized or GGUF weights.",
+            "quantization",
         )
     eos: list[int] = []
     for source in (generation.get("eos_token_id"), hf.get("eos_token_id")):
@@ -206,7 +220,9 @@ def _rope(hf: dict[str, Any]) -> RopeConfig:
     scaling = {**(hf.get("rope_scaling") or {}), **parameters}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
-        raise ModelLoadError(f"rope scaling {kind!r} is not supported; supported: linear, dynamic, llama3, yarn.")
+        raise ModelLoadError(
+            f"rope scaling {kind!r} is not supported; supported: linear, dynamic, llama3, yarn."
+        )
     scaling["rope_type"] = kind
     theta = scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0
     partial = scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0

@@ -37,7 +37,9 @@ class ModelOptions(_Options):
         description="A folder, a GGUF file, ORG/NAME, modelscope://ORG/NAME@REV or hf://ORG/NAME@REV.",
         json_schema_extra=_extra(pod=False),
     )
-    tokenizer: str | None = Field(None, description="Tokenizer folder or name; the model's own when not given.")
+    tokenizer: str | None = Field(
+        None, description="Tokenizer folder or name; the model's own when not given."
+    )
     tokenizer_mode: Literal["auto", "slow"] = Field(
         "auto", description="auto uses the fast tokenizer where there is one; slow the Python one."
     )
@@ -45,15 +47,23 @@ class ModelOptions(_Options):
         None, description="Branch, tag or commit of the model.", json_schema_extra=_extra(pod=False)
     )
     tokenizer_revision: str | None = Field(None, description="Branch, tag or commit of the tokenizer.")
-    trust_remote_code: bool = Field(False, description="Let the model folder's own Python code run (tokenizers only).")
+    trust_remote_code: bool = Field(
+        False, description="Let the model folder's own Python code run (tokenizers only)."
+    )
     dtype: DType = Field(
-        "auto", description="Number format of weights and activations; auto is the checkpoint's, float32 as bfloat16."
+        "auto",
+        description="Number format of weights and activations; auto is the checkpoint's, float32 as bfloat16.",
     )
     device: Device = Field(
-        "auto", description="Where the engine runs; auto is the GPU where there is one.", json_schema_extra=_extra(pod=False)
+        "auto",
+        description="Where the engine runs; auto is the GPU where there is one.",
+        json_schema_extra=_extra(pod=False),
     )
     max_model_len: int | None = Field(
-        None, ge=1, description="Longest prompt plus output; the model's own limit when not given.", json_schema_extra=_extra(unit="tokens")
+        None,
+        ge=1,
+        description="Longest prompt plus output; the model's own limit when not given.",
+        json_schema_extra=_extra(unit="tokens"),
     )
     quantization: Quantization | None = Field(
         None, description="How the weights are quantized; read from the checkpoint when not given."
@@ -62,9 +72,13 @@ class ModelOptions(_Options):
         "auto", description="Format of the weights; dummy makes random weights for benchmarks."
     )
     download_dir: str | None = Field(
-        None, description="Where downloaded weights are kept; the hub's own cache when not given.", json_schema_extra=_extra(pod=False)
+        None,
+        description="Where downloaded weights are kept; the hub's own cache when not given.",
+        json_schema_extra=_extra(pod=False),
     )
-    hf_overrides: dict[str, Any] | None = Field(None, description="Entries that replace those of the model's config.json.")
+    hf_overrides: dict[str, Any] | None = Field(
+        None, description="Entries that replace those of the model's config.json."
+    )
     generation_config: str = Field(
         "auto",
         description="Where default sampling parameters come from: auto (the model's generation_config.json), vllm (none) or a folder.",
@@ -72,8 +86,12 @@ class ModelOptions(_Options):
     override_generation_config: dict[str, Any] | None = Field(
         None, description="Default sampling parameters that replace the model's."
     )
-    seed: int = Field(0, ge=0, description="Seed of dummy weights and of requests that bring none (offline use).")
-    max_logprobs: int = Field(20, ge=-1, description="Most logprobs a request may ask for; -1 lifts the bound.")
+    seed: int = Field(
+        0, ge=0, description="Seed of dummy weights and of requests that bring none (offline use)."
+    )
+    max_logprobs: int = Field(
+        20, ge=-1, description="Most logprobs a request may ask for; -1 lifts the bound."
+    )
     runner: Literal["auto", "generate", "pooling"] = Field(
         "auto", description="What the model is used for. pooling is not supported yet."
     )
@@ -86,10 +104,16 @@ class CacheOptions(_Options):
     """Memory: weights, KV cache."""
 
     block_size: Literal[8, 16, 32, 64, 128] | None = Field(
-        None, description="Tokens in a block (page) of the KV cache; 16 on GPUs and 32 on CPUs when not given.", json_schema_extra=_extra(unit="tokens")
+        None,
+        description="Tokens in a block (page) of the KV cache; 16 on GPUs and 32 on CPUs when not given.",
+        json_schema_extra=_extra(unit="tokens"),
     )
     gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="Share of a GPU's memory the engine may use in all.", json_schema_extra=_extra(unit="share")
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory the engine may use in all.",
+        json_schema_extra=_extra(unit="share"),
     )
     cpu_kvcache_space: float | None = Field(
         None,
@@ -98,18 +122,29 @@ class CacheOptions(_Options):
         json_schema_extra=_extra(unit="GiB"),
     )
     kv_cache_memory_bytes: int | None = Field(
-        None, gt=0, description="KV cache a device, exact; overrides the two options above.", json_schema_extra=_extra(unit="bytes")
+        None,
+        gt=0,
+        description="KV cache a device, exact; overrides the two options above.",
+        json_schema_extra=_extra(unit="bytes"),
     )
-    num_gpu_blocks_override: int | None = Field(None, ge=2, description="Number of KV blocks, exact (for tests).")
+    num_gpu_blocks_override: int | None = Field(
+        None, ge=2, description="Number of KV blocks, exact (for tests)."
+    )
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = Field(
         "auto", description="Number format of the KV cache; auto is the model's."
     )
     enable_prefix_caching: bool = Field(True, description="Reuse the KV blocks of prompts that begin alike.")
     swap_space: float = Field(
-        0, ge=0, description="Host memory that keeps evicted KV blocks of a GPU for reuse.", json_schema_extra=_extra(unit="GiB")
+        0,
+        ge=0,
+        description="Host memory that keeps evicted KV blocks of a GPU for reuse.",
+        json_schema_extra=_extra(unit="GiB"),
     )
     cpu_offload_gb: float = Field(
-        0, ge=0, description="Weights of each GPU that are kept in host memory.", json_schema_extra=_extra(unit="GiB")
+        0,
+        ge=0,
+        description="Weights of each GPU that are kept in host memory.",
+        json_schema_extra=_extra(unit="GiB"),
     )
 
 
@@ -117,7 +152,9 @@ class SchedulerOptions(_Options):
     """What runs in a step."""
 
     max_num_seqs: int | None = Field(
-        None, ge=1, description="Most sequences that run at once; 1024 on a large GPU, 256 on others, 64 on CPUs when not given."
+        None,
+        ge=1,
+        description="Most sequences that run at once; 1024 on a large GPU, 256 on others, 64 on CPUs when not given.",
     )
     max_num_batched_tokens: int | None = Field(
         None,
@@ -126,17 +163,23 @@ class SchedulerOptions(_Options):
         json_schema_extra=_extra(unit="tokens"),
     )
     long_prefill_token_threshold: int = Field(
-        0, ge=0, description="Most tokens one prompt may take of a step; 0 sets no bound.", json_schema_extra=_extra(unit="tokens")
+        0,
+        ge=0,
+        description="Most tokens one prompt may take of a step; 0 sets no bound.",
+        json_schema_extra=_extra(unit="tokens"),
     )
     enable_chunked_prefill: bool = Field(True, description="Let a prompt be computed over several steps.")
     scheduling_policy: Literal["fcfs", "priority"] = Field(
-        "fcfs", description="Order of waiting requests: first come first served, or by the request's priority."
+        "fcfs",
+        description="Order of waiting requests: first come first served, or by the request's priority.",
     )
     async_scheduling: bool | None = Field(
         None, description="Schedule a step while the one before runs; on for GPUs when not given."
     )
     enforce_eager: bool = Field(False, description="Run without CUDA graphs.")
-    cudagraph_capture_sizes: list[int] | None = Field(None, description="Batch sizes captured as CUDA graphs.")
+    cudagraph_capture_sizes: list[int] | None = Field(
+        None, description="Batch sizes captured as CUDA graphs."
+    )
 
 
 class ParallelOptions(_Options):
@@ -146,10 +189,14 @@ class ParallelOptions(_Options):
         1, ge=1, description="GPUs each layer is split over.", json_schema_extra=_extra(short="tp")
     )
     pipeline_parallel_size: int = Field(
-        1, ge=1, description="Groups of GPUs the layers are spread over.", json_schema_extra=_extra(short="pp")
+        1,
+        ge=1,
+        description="Groups of GPUs the layers are spread over.",
+        json_schema_extra=_extra(short="pp"),
     )
     distributed_executor_backend: Literal["mp", "ray", "uni"] | None = Field(
-        None, description="How workers are run: uni (one process) or mp (a process each). ray is not supported."
+        None,
+        description="How workers are run: uni (one process) or mp (a process each). ray is not supported.",
     )
     disable_custom_all_reduce: bool = Field(False, description="Use NCCL for every all-reduce.")
 
@@ -171,7 +218,8 @@ class ServerOptions(_Options):
         None, description="Names the model answers to in the API; the first is shown in answers."
     )
     api_key: list[str] | None = Field(
-        None, description="Keys one of which a client must send (Authorization: Bearer). Also KUBEINFER_API_KEY."
+        None,
+        description="Keys one of which a client must send (Authorization: Bearer). Also KUBEINFER_API_KEY.",
     )
     allowed_origins: list[str] = Field(["*"], description="CORS: allowed origins.")
     allowed_methods: list[str] = Field(["*"], description="CORS: allowed methods.")
@@ -190,10 +238,16 @@ class ServerOptions(_Options):
         2048, ge=1, description="Most requests in flight or waiting; further ones get 429 with Retry-After."
     )
     max_request_bytes: int = Field(
-        16 * 1024 * 1024, ge=1024, description="Largest request body; larger ones get 413.", json_schema_extra=_extra(unit="bytes")
+        16 * 1024 * 1024,
+        ge=1024,
+        description="Largest request body; larger ones get 413.",
+        json_schema_extra=_extra(unit="bytes"),
     )
     shutdown_timeout: float = Field(
-        30.0, ge=0, description="After SIGTERM, time given to running streams.", json_schema_extra=_extra(unit="seconds")
+        30.0,
+        ge=0,
+        description="After SIGTERM, time given to running streams.",
+        json_schema_extra=_extra(unit="seconds"),
     )
     uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = Field(
         "warning", description="Log level of uvicorn."

@@ -12,7 +12,7 @@ MAX_STOP_STRINGS = 64
 _SEED_RANGE = (-(2**63), 2**63 - 1)
 
 
-class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True):  # type: ignore[call-arg]
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True):
     """Parameters of one request's sampling.
 
     ``logprobs=k`` asks for the k most likely tokens of each position beside the chosen one (0: the chosen one
@@ -78,13 +78,24 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True
 
         def number(param: str) -> None:
             value = getattr(self, param)
-            need(isinstance(value, (int, float)) and not isinstance(value, bool) and value == value, param, "a number")
+            need(
+                isinstance(value, (int, float)) and not isinstance(value, bool) and value == value,
+                param,
+                "a number",
+            )
 
         def integer(param: str) -> None:
             value = getattr(self, param)
             need(isinstance(value, int) and not isinstance(value, bool), param, "an integer")
 
-        for field in ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p"):
+        for field in (
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+            "temperature",
+            "top_p",
+            "min_p",
+        ):
             number(field)
         for field in ("n", "top_k", "min_tokens"):
             integer(field)
@@ -110,7 +121,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True
         for field in ("logprobs", "prompt_logprobs"):
             if getattr(self, field) is not None:
                 integer(field)
-                need(getattr(self, field) >= -1, field, "-1 (the whole vocabulary) or a count of 0 or greater")
+                need(
+                    getattr(self, field) >= -1, field, "-1 (the whole vocabulary) or a count of 0 or greater"
+                )
         if self.truncate_prompt_tokens is not None:
             integer("truncate_prompt_tokens")
             need(self.truncate_prompt_tokens >= -1 and self.truncate_prompt_tokens != 0, "truncate_prompt_tokens",
@@ -121,9 +134,15 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True
         if stops and not self.detokenize:
             raise RequestError("stop strings need detokenize=True.", "stop")
         if self.stop_token_ids is not None:
-            need(all(isinstance(t, int) for t in self.stop_token_ids), "stop_token_ids", "a list of token ids")
+            need(
+                all(isinstance(t, int) for t in self.stop_token_ids), "stop_token_ids", "a list of token ids"
+            )
         if self.bad_words is not None:
-            need(all(isinstance(w, str) and w for w in self.bad_words), "bad_words", "a list of non-empty strings")
+            need(
+                all(isinstance(w, str) and w for w in self.bad_words),
+                "bad_words",
+                "a list of non-empty strings",
+            )
         if self.allowed_token_ids is not None:
             need(len(self.allowed_token_ids) > 0, "allowed_token_ids", "a non-empty list of token ids")
         if self.logit_bias is not None:

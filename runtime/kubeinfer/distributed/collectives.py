@@ -51,7 +51,9 @@ class TorchGroup:
             symmetric.rendezvous(buffer, group=self._name)
             return buffer
         except (RuntimeError, ImportError, AttributeError) as exc:
-            logger.warning("all-reduce over peer memory is off, NCCL does it all: %s", str(exc).splitlines()[0])
+            logger.warning(
+                "all-reduce over peer memory is off, NCCL does it all: %s", str(exc).splitlines()[0]
+            )
             return None
 
     def all_reduce(self, x: Tensor) -> Tensor:

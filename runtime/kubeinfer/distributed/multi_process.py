@@ -29,11 +29,16 @@ class MultiProcessExecutor(Executor):
     """Sends every plan to all ranks; results are rank 0's. A rank that dies ends the engine with its reason."""
 
     def __init__(
-        self, worker_class: type[Any], options: EngineOptions, model_config: ModelConfig, limits: tuple[int, int]
+        self,
+        worker_class: type[Any],
+        options: EngineOptions,
+        model_config: ModelConfig,
+        limits: tuple[int, int],
     ):
         if options.pipeline_parallel_size > 1:
             raise OptionError(
-                "pipeline_parallel_size is not supported yet; use --tensor-parallel-size.", "pipeline_parallel_size"
+                "pipeline_parallel_size is not supported yet; use --tensor-parallel-size.",
+                "pipeline_parallel_size",
             )
         self.size = options.tensor_parallel_size
         _check_devices(options, self.size)

@@ -17,7 +17,11 @@ class UniProcessExecutor(Executor):
     """Calls the worker directly. On a GPU a submitted step runs while the next is planned."""
 
     def __init__(
-        self, worker_class: type[Any], options: EngineOptions, model_config: ModelConfig, limits: tuple[int, int]
+        self,
+        worker_class: type[Any],
+        options: EngineOptions,
+        model_config: ModelConfig,
+        limits: tuple[int, int],
     ):
         self.worker: Any = worker_class(options, model_config, *limits)
         overlap = options.async_scheduling

@@ -23,7 +23,9 @@ _GIB = 2**30
 class EngineCore:
     """Scheduler and executor joined. Not thread-safe: one loop owns it."""
 
-    def __init__(self, options: EngineOptions, model_config: ModelConfig, executor: Executor, limits: tuple[int, int]):
+    def __init__(
+        self, options: EngineOptions, model_config: ModelConfig, executor: Executor, limits: tuple[int, int]
+    ):
         """``limits``: most sequences and most tokens of a step, as resolved for the device."""
         started = time.perf_counter()
         self.executor = executor

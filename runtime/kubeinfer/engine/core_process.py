@@ -117,7 +117,9 @@ def _last_words(address: str, reason: str) -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole terminal group; the parent decides
     config = json.loads(sys.stdin.readline())
     from kubeinfer.logs import configure_logging
 

@@ -46,9 +46,13 @@ def resolve_defaults(options: EngineOptions) -> EngineOptions:
     if device == "cpu":
         for name, neutral in (("swap_space", 0), ("cpu_offload_gb", 0)):
             if getattr(options, name) != neutral:
-                logger.warning("%s has no effect on the CPU: weights and KV cache are in host memory already", name)
+                logger.warning(
+                    "%s has no effect on the CPU: weights and KV cache are in host memory already", name
+                )
         if options.kv_cache_dtype != "auto":
-            raise OptionError(f"kv_cache_dtype {options.kv_cache_dtype} is not supported on the CPU.", "kv_cache_dtype")
+            raise OptionError(
+                f"kv_cache_dtype {options.kv_cache_dtype} is not supported on the CPU.", "kv_cache_dtype"
+            )
     return options.model_copy(update=changes)
 
 

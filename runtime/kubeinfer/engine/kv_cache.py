@@ -8,7 +8,7 @@ Serving with PagedAttention"). Plain integers; no device is touched here.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 
 from kubeinfer.engine.request import Request
@@ -21,7 +21,7 @@ class FreeList:
 
     def __init__(self, num_blocks: int):
         self._head = num_blocks  # sentinel
-        self._next = list(range(1, num_blocks + 1)) + [0]
+        self._next = [*list(range(1, num_blocks + 1)), 0]
         self._prev = [num_blocks, *range(num_blocks)]
         self._in = bytearray(b"\x01" * num_blocks)
         self._count = num_blocks
@@ -53,7 +53,7 @@ class FreeList:
         self._in[block] = 1
         self._count += 1
 
-    def __iter__(self) -> Iterable[int]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[int]:
         block = self._next[self._head]
         while block != self._head:
             yield block
@@ -200,7 +200,7 @@ class KVCacheManager:
         if refs != self._refs:
             wrong = next(i for i in range(self.num_blocks) if refs[i] != self._refs[i])
             raise AssertionError(f"block {wrong} is held {refs[wrong]} times but counted {self._refs[wrong]}")
-        free = list(self._free)  # type: ignore[call-overload]
+        free = list(self._free)
         if len(free) != len(self._free) or len(set(free)) != len(free):
             raise AssertionError("the free list is damaged")
         if set(free) != {b for b in range(1, self.num_blocks) if refs[b] == 0}:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kubeinfer.engine.kv_cache import KVCacheManager
@@ -41,7 +41,7 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._heap) - len(self._gone) if self._by_priority else len(self._queue)
 
-    def __iter__(self) -> Iterable[Request]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Request]:
         if self._by_priority:
             return (r for _, r in sorted(self._heap) if r.order not in self._gone)
         return iter(self._queue)
@@ -86,7 +86,9 @@ class Scheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._released_rows: list[int] = []
         self._order = 0
-        self._in_flight: deque[list[Request]] = deque()  # requests that sample, a list for each step not yet taken in
+        self._in_flight: deque[list[Request]] = (
+            deque()
+        )  # requests that sample, a list for each step not yet taken in
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
@@ -209,7 +211,9 @@ class Scheduler:
             num_new = num_known - cached
             limit = min(threshold, budget)
             if num_new > limit:
-                if not config.enable_chunked_prefill and (chunks or decodes or budget < config.max_num_batched_tokens):
+                if not config.enable_chunked_prefill and (
+                    chunks or decodes or budget < config.max_num_batched_tokens
+                ):
                     break  # waits for a step of its own
                 num_new = limit
             needed = kv_cache.blocks_for(cached + num_new) - len(prefix)
@@ -220,7 +224,9 @@ class Scheduler:
             self.waiting.pop()
             kv_cache.take_prefix(request, prefix)
             if kv_cache.allocate(request, cached + num_new) is None:
-                raise RuntimeError("KV cache accounting is wrong: blocks counted as free could not be allocated")
+                raise RuntimeError(
+                    "KV cache accounting is wrong: blocks counted as free could not be allocated"
+                )
             if request.num_cached < 0:
                 request.num_cached = cached
                 request.scheduled_time = time.time()
@@ -263,7 +269,9 @@ class Scheduler:
         sampled = list(range(num_decodes))
         samplers = decodes
         for request, num_new in chunks:
-            if request.num_computed == len(request.token_ids):  # a chunk's tokens are all known: none in flight
+            if request.num_computed == len(
+                request.token_ids
+            ):  # a chunk's tokens are all known: none in flight
                 sampled.append(len(rows))
                 samplers.append(request)
             rows.append(request.row)
@@ -275,7 +283,16 @@ class Scheduler:
         released, self._released_rows = self._released_rows, []
         self.num_steps += 1
         return StepPlan(
-            self.num_steps, rows, starts, num_tokens, num_decodes, sampled, new_rows, new_blocks, released, history
+            self.num_steps,
+            rows,
+            starts,
+            num_tokens,
+            num_decodes,
+            sampled,
+            new_rows,
+            new_blocks,
+            released,
+            history,
         )
 
     def _preempt(self, request: Request) -> None:
@@ -357,7 +374,7 @@ class Scheduler:
             raise AssertionError("rows of running requests are not their own")
         if len(rows) + len(self._free_rows) != self.config.max_num_seqs:
             raise AssertionError("a row was lost")
-        waiting = list(self.waiting)  # type: ignore[call-overload]
+        waiting = list(self.waiting)
         if len(waiting) + len(self.running) != len(self.requests):
             raise AssertionError("a request is neither waiting nor running")
         for request in waiting:

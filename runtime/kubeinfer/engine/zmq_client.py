@@ -69,7 +69,9 @@ class ProcessClient(AsyncEngineClient):
 
     def _start(self, options: EngineOptions, log_format: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "kubeinfer.engine.core_process"], stdin=subprocess.PIPE, env=_child_environment()
+            [sys.executable, "-m", "kubeinfer.engine.core_process"],
+            stdin=subprocess.PIPE,
+            env=_child_environment(),
         )
         if process.stdin is None:
             raise RuntimeError("the engine core has no standard input")

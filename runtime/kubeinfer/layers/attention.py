@@ -30,7 +30,9 @@ class StepContext:
     max_query_len: int
     max_seq_len: int
     num_decodes: int
-    kv_caches: list[Tensor] = field(default_factory=list)  # a layer each: [2, blocks, kv heads, block_size, head_dim]
+    kv_caches: list[Tensor] = field(
+        default_factory=list
+    )  # a layer each: [2, blocks, kv heads, block_size, head_dim]
     workspace: DecodeWorkspace | None = None
 
 
@@ -68,8 +70,12 @@ class SelfAttention:
         self.out = RowLinear(
             store, f"{prefix}.{out_name}", config.hidden_size, config.num_heads * config.head_dim, out_bias
         )
-        self.q_norm = RMSNorm(store, f"{prefix}.q_norm", config.head_dim, config.norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(store, f"{prefix}.k_norm", config.head_dim, config.norm_eps) if qk_norm else None
+        self.q_norm = (
+            RMSNorm(store, f"{prefix}.q_norm", config.head_dim, config.norm_eps) if qk_norm else None
+        )
+        self.k_norm = (
+            RMSNorm(store, f"{prefix}.k_norm", config.head_dim, config.norm_eps) if qk_norm else None
+        )
         self._eps = config.norm_eps
 
     def __call__(self, hidden: Tensor, step: StepContext) -> Tensor:

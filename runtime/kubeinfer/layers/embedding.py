@@ -23,7 +23,9 @@ class VocabEmbedding:
         length = max(0, self.end - self.start)
         if length < shard:
             self.weight.zero_()
-        store.expect(f"{name}.weight", self.weight.narrow(0, 0, length), 0, self.start if length else 0, length)
+        store.expect(
+            f"{name}.weight", self.weight.narrow(0, 0, length), 0, self.start if length else 0, length
+        )
         self._packed: PackedWeight | None = None
 
     def finish_loading(self) -> None:

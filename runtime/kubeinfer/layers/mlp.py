@@ -14,7 +14,9 @@ from kubeinfer.layers.parameters import ParameterStore
 class GatedMLP:
     """``down(silu(gate(x)) * up(x))``, gate and up in one weight (SwiGLU: Shazeer 2020)."""
 
-    def __init__(self, store: ParameterStore, prefix: str, hidden: int, intermediate: int, bias: bool = False):
+    def __init__(
+        self, store: ParameterStore, prefix: str, hidden: int, intermediate: int, bias: bool = False
+    ):
         self.gate_up = ColumnLinear(
             store, [f"{prefix}.gate_proj", f"{prefix}.up_proj"], [intermediate, intermediate], hidden, bias
         )

@@ -33,7 +33,9 @@ class Slot:
     def load(self, name: str, tensor: Tensor) -> None:
         if self.dim is not None:
             if tensor.dim() <= self.dim or tensor.shape[self.dim] < self.start + self.length:
-                raise ModelLoadError(f"{name} has shape {tuple(tensor.shape)}, too small for this model's config.json.")
+                raise ModelLoadError(
+                    f"{name} has shape {tuple(tensor.shape)}, too small for this model's config.json."
+                )
             tensor = tensor.narrow(self.dim, self.start, self.length)
         if tensor.shape != self.into.shape:
             raise ModelLoadError(
@@ -61,7 +63,9 @@ class ParameterStore:
         self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
-    def expect(self, name: str, into: Tensor, dim: int | None = None, start: int = 0, length: int = 0) -> None:
+    def expect(
+        self, name: str, into: Tensor, dim: int | None = None, start: int = 0, length: int = 0
+    ) -> None:
         """Checkpoint tensor ``name`` (or its slice along ``dim``) belongs in ``into``."""
         self.slots.setdefault(name, []).append(Slot(into, dim, start, length))
 
@@ -85,9 +89,13 @@ class ParameterStore:
                 slot.load(name, tensor)
         missing = [name for name, slots in self.slots.items() if not all(s.loaded for s in slots)]
         if missing:
-            raise ModelLoadError(f"the checkpoint lacks {_some(missing)}; it is incomplete or of another model.")
+            raise ModelLoadError(
+                f"the checkpoint lacks {_some(missing)}; it is incomplete or of another model."
+            )
         if left_over:
-            raise ModelLoadError(f"the checkpoint has tensors that this model has no place for: {_some(left_over)}.")
+            raise ModelLoadError(
+                f"the checkpoint has tensors that this model has no place for: {_some(left_over)}."
+            )
 
     def release(self) -> None:
         """Let go of the tensors: from now on they live as long as the layers that use them."""

@@ -26,7 +26,9 @@ def _plain(theta: float, dim: int) -> Tensor:
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
 
 
-def _inverse_frequencies(rope: RopeConfig, dim: int, max_positions: int, trained: int) -> tuple[Tensor, float]:
+def _inverse_frequencies(
+    rope: RopeConfig, dim: int, max_positions: int, trained: int
+) -> tuple[Tensor, float]:
     scaling, kind = rope.scaling, rope.scaling["rope_type"]
     if kind == "linear":
         return _plain(rope.theta, dim) / float(scaling["factor"]), 1.0

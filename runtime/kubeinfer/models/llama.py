@@ -22,7 +22,9 @@ class DecoderLayer:
         self.attention = attention
         self.mlp = GatedMLP(store, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias)
         self.input_norm = RMSNorm(store, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps)
-        self.mlp_norm = RMSNorm(store, f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps)
+        self.mlp_norm = RMSNorm(
+            store, f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps
+        )
 
     def __call__(self, hidden: Tensor, residual: Tensor | None, step: StepContext) -> tuple[Tensor, Tensor]:
         hidden, residual = self.input_norm(hidden, residual)
@@ -48,11 +50,15 @@ class LlamaForCausalLM:
         self.norm = RMSNorm(store, "model.norm", config.hidden_size, config.norm_eps)
         tied = config.tie_word_embeddings
         self.head = (
-            self.embedding if tied else VocabEmbedding(store, "lm_head", config.vocab_size, config.hidden_size)
+            self.embedding
+            if tied
+            else VocabEmbedding(store, "lm_head", config.vocab_size, config.hidden_size)
         )
         self.optional_weights = frozenset({"lm_head.weight"} if tied else ())
 
-    def attention(self, store: ParameterStore, config: ModelConfig, layer: int, cos_sin: Tensor) -> SelfAttention:
+    def attention(
+        self, store: ParameterStore, config: ModelConfig, layer: int, cos_sin: Tensor
+    ) -> SelfAttention:
         bias = bool(config.hf_config.get("attention_bias", False))
         return SelfAttention(
             store, config, layer, f"model.layers.{layer}.self_attn", cos_sin,

@@ -26,7 +26,14 @@ class OPTLayer:
         bias = bool(config.hf_config.get("enable_bias", True))
         self.norm_first = norm_first
         self.attention = SelfAttention(
-            store, config, layer, f"{prefix}.self_attn", None, qkv_bias=bias, out_bias=bias, out_name="out_proj"
+            store,
+            config,
+            layer,
+            f"{prefix}.self_attn",
+            None,
+            qkv_bias=bias,
+            out_bias=bias,
+            out_name="out_proj",
         )
         self.attention_norm = LayerNorm(store, f"{prefix}.self_attn_layer_norm", config.hidden_size)
         self.mlp = PlainMLP(store, prefix, config.hidden_size, config.intermediate_size, F.relu, bias)
@@ -46,25 +53,35 @@ class OPTForCausalLM:
     def __init__(self, config: ModelConfig, store: ParameterStore):
         hf = config.hf_config
         if hf.get("activation_function", "relu") != "relu":
-            raise ModelLoadError(f"OPT with activation {hf['activation_function']!r} is not supported, only relu.")
+            raise ModelLoadError(
+                f"OPT with activation {hf['activation_function']!r} is not supported, only relu."
+            )
         self.config = config
         norm_first = bool(hf.get("do_layer_norm_before", True))
         width = int(hf.get("word_embed_proj_dim") or config.hidden_size)
         self.embedding = VocabEmbedding(store, f"{_PREFIX}.embed_tokens", config.vocab_size, width)
-        self.positions = store.empty(int(hf["max_position_embeddings"]) + _POSITION_OFFSET, config.hidden_size)
+        self.positions = store.empty(
+            int(hf["max_position_embeddings"]) + _POSITION_OFFSET, config.hidden_size
+        )
         store.expect(f"{_PREFIX}.embed_positions.weight", self.positions)
         projected = width != config.hidden_size
         self.project_in = (
-            ReplicatedLinear(store, f"{_PREFIX}.project_in", config.hidden_size, width, False) if projected else None
+            ReplicatedLinear(store, f"{_PREFIX}.project_in", config.hidden_size, width, False)
+            if projected
+            else None
         )
         self.project_out = (
-            ReplicatedLinear(store, f"{_PREFIX}.project_out", width, config.hidden_size, False) if projected else None
+            ReplicatedLinear(store, f"{_PREFIX}.project_out", width, config.hidden_size, False)
+            if projected
+            else None
         )
         self.layers = [OPTLayer(store, config, layer, norm_first) for layer in range(config.num_layers)]
         last_norm = norm_first and not hf.get("_remove_final_layer_norm", False)
         self.norm = LayerNorm(store, f"{_PREFIX}.final_layer_norm", config.hidden_size) if last_norm else None
         self.head = (
-            self.embedding if config.tie_word_embeddings else VocabEmbedding(store, "lm_head", config.vocab_size, width)
+            self.embedding
+            if config.tie_word_embeddings
+            else VocabEmbedding(store, "lm_head", config.vocab_size, width)
         )
         self.optional_weights = frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
 

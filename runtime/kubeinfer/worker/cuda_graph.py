@@ -84,7 +84,9 @@ class DecodeGraphs:
         tables, inputs = self.tables, self._inputs
         rows, starts = self._rows_and_starts[0, :size], self._rows_and_starts[1, :size]
         tables.computed.index_copy_(0, rows.long(), starts)
-        prepare_decode(rows, tables.last_tokens, tables.block_table_device, tables.computed, self.block_size, inputs)
+        prepare_decode(
+            rows, tables.last_tokens, tables.block_table_device, tables.computed, self.block_size, inputs
+        )
         step = StepContext(
             positions=inputs.positions[:size],
             slot_mapping=inputs.slot_mapping[:size],

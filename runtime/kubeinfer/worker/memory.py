@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 _GIB = 2**30
-_CPU_SHARE = 0.5  # of free host memory: the rest is for activations, the page cache and the other processes of the pod
+_CPU_SHARE = (
+    0.5  # of free host memory: the rest is for activations, the page cache and the other processes of the pod
+)
 
 
 def free_host_bytes() -> int:
@@ -63,7 +65,9 @@ def _read_int(path: str) -> int | None:
         return None
 
 
-def block_bytes(config: ModelConfig, block_size: int, itemsize: int, num_kv_heads: int, num_layers: int) -> int:
+def block_bytes(
+    config: ModelConfig, block_size: int, itemsize: int, num_kv_heads: int, num_layers: int
+) -> int:
     """Bytes of one block on one rank, all its layers, keys and values."""
     return 2 * num_layers * num_kv_heads * config.head_dim * block_size * itemsize
 

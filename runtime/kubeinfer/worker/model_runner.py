@@ -48,7 +48,13 @@ class ModelRunner:
     """One rank's model with its KV cache and tables."""
 
     def __init__(
-        self, model: Any, kv_caches: list[Tensor], block_size: int, max_rows: int, max_blocks: int, device: torch.device
+        self,
+        model: Any,
+        kv_caches: list[Tensor],
+        block_size: int,
+        max_rows: int,
+        max_blocks: int,
+        device: torch.device,
     ):
         self.model = model
         self.kv_caches = kv_caches
@@ -58,7 +64,9 @@ class ModelRunner:
         self.sampler = Sampler(max_rows, model.config.vocab_size, device)
         self.workspace: DecodeWorkspace | None = None
         self.graphs: DecodeGraphs | None = None
-        self._prompt_logprobs: dict[int, tuple[int, int, list[TokenLogprobs]]] = {}  # row -> (k, prompt_len, found)
+        self._prompt_logprobs: dict[
+            int, tuple[int, int, list[TokenLogprobs]]
+        ] = {}  # row -> (k, prompt_len, found)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingResult:
@@ -113,8 +121,8 @@ class ModelRunner:
         size = self.block_size
         slots = self.tables.block_table[owners, positions // size] * size + positions % size
         max_seq_len = int(seq_lens.max())
-        device_rows, input_ids, device_positions, device_slots, device_query_start, device_seq_lens = self._upload(
-            rows, ids, positions, slots, query_start, seq_lens
+        device_rows, input_ids, device_positions, device_slots, device_query_start, device_seq_lens = (
+            self._upload(rows, ids, positions, slots, query_start, seq_lens)
         )
         if num_decodes:
             input_ids[:num_decodes] = self.tables.last_tokens[device_rows[:num_decodes]].int()
@@ -154,7 +162,9 @@ class ModelRunner:
         self.tables.last_tokens[self._to(sampled_rows)] = tokens
         return PendingResult(tokens, logprobs, found_prompt)
 
-    def _collect_prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> dict[int, list[TokenLogprobs]] | None:
+    def _collect_prompt_logprobs(
+        self, plan: StepPlan, hidden: Tensor
+    ) -> dict[int, list[TokenLogprobs]] | None:
         """Log-probabilities of the prompt tokens that follow this step's positions; complete ones are returned."""
         done: dict[int, list[TokenLogprobs]] = {}
         sampled_index = {entry: i for i, entry in enumerate(plan.sampled)}

@@ -136,7 +136,12 @@ class Sampler:
         """Tokens int64 ``[S]`` for ``logits [S, V]`` of ``rows``, to stand at ``positions``; logprobs where asked for."""
         if self.is_plain(rows):
             return kernels.sample(
-                logits, *self._no_params(logits), any_sampled=False, any_top_k=False, any_top_p=False, any_min_p=False
+                logits,
+                *self._no_params(logits),
+                any_sampled=False,
+                any_top_k=False,
+                any_top_p=False,
+                any_min_p=False,
             ), None
         asked = np.flatnonzero(self.num_logprobs[rows] != -2)
         raw = logits
@@ -174,9 +179,15 @@ class Sampler:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _edit(self, logits: Tensor, rows: NDArray[np.int32], positions: NDArray[np.int32], plan: StepPlan) -> Tensor:
+    def _edit(
+        self, logits: Tensor, rows: NDArray[np.int32], positions: NDArray[np.int32], plan: StepPlan
+    ) -> Tensor:
         """Biases, allowed tokens, minimum lengths, bad words and penalties; a copy if any applies."""
-        found = [(i, int(row)) for i, row in enumerate(rows) if int(row) in self._special] if self._special else []
+        found = (
+            [(i, int(row)) for i, row in enumerate(rows) if int(row) in self._special]
+            if self._special
+            else []
+        )
         if not found:
             return logits
         logits = logits.float().clone()

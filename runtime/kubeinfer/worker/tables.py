@@ -20,7 +20,9 @@ class RowTables:
     def __init__(self, max_rows: int, max_blocks: int, device: torch.device):
         self.device = device
         self.spare_row = max_rows  # never a request's: padding of captured batches
-        self.tokens: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * max_rows  # known when the row was made
+        self.tokens: list[NDArray[np.int32]] = [
+            np.empty(0, np.int32)
+        ] * max_rows  # known when the row was made
         self.block_table: NDArray[np.int32] = np.zeros((max_rows + 1, max_blocks), np.int32)
         self.last_tokens = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
         self.computed = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)

@@ -31,7 +31,12 @@ class Worker:
     """Owns one device. ``start`` once, then ``execute`` a plan at a time."""
 
     def __init__(
-        self, options: EngineOptions, model_config: ModelConfig, max_num_seqs: int, max_tokens: int, group: Group | None = None
+        self,
+        options: EngineOptions,
+        model_config: ModelConfig,
+        max_num_seqs: int,
+        max_tokens: int,
+        group: Group | None = None,
     ):
         self.options = options
         self.model_config = model_config
@@ -57,12 +62,16 @@ class Worker:
         block_size = int(self.options.block_size or 16)
         kv_heads = max(1, self.model_config.num_kv_heads // self.group.size)
         itemsize = torch.empty(0, dtype=self.dtype).element_size()
-        per_block = block_bytes(self.model_config, block_size, itemsize, kv_heads, self.model_config.num_layers)
+        per_block = block_bytes(
+            self.model_config, block_size, itemsize, kv_heads, self.model_config.num_layers
+        )
         if self.is_gpu:
             peak = self._profile(model, kv_heads, block_size)
             seconds["profile"] = round(time.perf_counter() - began, 3)
             began = time.perf_counter()
-            num_blocks = gpu_kv_blocks(self.options, self.model_config, per_block, peak, self.max_num_seqs, self.device)
+            num_blocks = gpu_kv_blocks(
+                self.options, self.model_config, per_block, peak, self.max_num_seqs, self.device
+            )
         else:
             num_blocks = cpu_kv_blocks(self.options, self.model_config, per_block, self.max_num_seqs)
         num_blocks = self.group.smallest(num_blocks)
@@ -87,7 +96,8 @@ class Worker:
 
             try:
                 store.load(
-                    iterate_tensors(config.path, self.options.load_format, dtype=self.dtype), model.optional_weights
+                    iterate_tensors(config.path, self.options.load_format, dtype=self.dtype),
+                    model.optional_weights,
                 )
             except ModelLoadError as exc:
                 raise ModelLoadError(f"{config.path}: {exc}") from None
@@ -150,7 +160,10 @@ class Worker:
     def _make_kv_caches(self, num_blocks: int, kv_heads: int, block_size: int) -> list[Tensor]:
         shape = (2, num_blocks, kv_heads, block_size, self.model_config.head_dim)
         # Not zeroed: a page is written before it is read, and untouched pages of host memory cost nothing.
-        return [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(self.model_config.num_layers)]
+        return [
+            torch.empty(shape, dtype=self.dtype, device=self.device)
+            for _ in range(self.model_config.num_layers)
+        ]
 
     def execute(self, plan: StepPlan) -> PendingResult:
         if self.runner is None:

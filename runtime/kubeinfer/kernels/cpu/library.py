@@ -26,13 +26,47 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ki_silu_and_mul": (None, [_POINTER, _POINTER, _INT, _INT]),
     "ki_rope_and_cache": (
         None,
-        [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT]
-        + [_POINTER, _POINTER, _FLOAT, _INT, _INT, _INT, _INT],
+        [
+            _POINTER,
+            _POINTER,
+            _POINTER,
+            _INT,
+            _POINTER,
+            _POINTER,
+            _INT,
+            _POINTER,
+            _POINTER,
+            _INT,
+            _INT,
+            _POINTER,
+            _POINTER,
+            _FLOAT,
+            _INT,
+            _INT,
+            _INT,
+            _INT,
+        ],
     ),
     "ki_attention": (
         ctypes.c_int,
-        [_POINTER, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER]
-        + [_INT, _INT, _INT, _INT, _FLOAT, _INT],
+        [
+            _POINTER,
+            _INT,
+            _POINTER,
+            _INT,
+            _INT,
+            _POINTER,
+            _POINTER,
+            _POINTER,
+            _INT,
+            _POINTER,
+            _INT,
+            _INT,
+            _INT,
+            _INT,
+            _FLOAT,
+            _INT,
+        ],
     ),
     "ki_argmax": (None, [_POINTER, _INT, _INT, _INT, _POINTER]),
 }
@@ -58,7 +92,9 @@ def library() -> Any:
         return None
     paths = sorted(Path(__file__).parent.glob("_kernels*.so"))
     if not paths:
-        logger.warning("the CPU kernels were not built (no C compiler at install time?): torch's slower ones are used")
+        logger.warning(
+            "the CPU kernels were not built (no C compiler at install time?): torch's slower ones are used"
+        )
         return None
     try:
         loaded = ctypes.CDLL(str(paths[0]))

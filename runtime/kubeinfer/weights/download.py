@@ -267,7 +267,8 @@ class _Fetch:
         layout = self._layout(resolved)
         self.progress(ProgressEvent("checking"))
         manifest = layout.manifest()
-        if not _stale(manifest, resolved) and all(layout.present(f, manifest) for f in files):
+        settled = not layout.unfinished() and not _stale(manifest, resolved)
+        if settled and all(layout.present(f, manifest) for f in files):
             self._keep_manifest(layout, resolved, files, manifest)
             return self._result(layout.folder, resolved.revision, files)
         if self.request.local_dir is None and (cached := self._in_sdk_cache(files)):
@@ -276,7 +277,7 @@ class _Fetch:
             manifest = layout.manifest()
             missing = [f for f in files if not layout.present(f, manifest)]
             received = 0
-            if missing or _stale(manifest, resolved):
+            if missing or layout.unfinished() or _stale(manifest, resolved):
                 received = self._bring(layout, resolved, files, missing)
         return self._result(layout.folder, resolved.revision, files, received)
 

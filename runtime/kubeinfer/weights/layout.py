@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -77,6 +78,10 @@ class Layout(abc.ABC):
     def present(self, file: RemoteFile, manifest: Manifest | None) -> bool:
         """Whether ``file`` is at its place already, its bytes vouched for."""
 
+    def unfinished(self) -> bool:
+        """Whether a publication was cut short and has to be done again, though every file may be there."""
+        return False
+
     @abc.abstractmethod
     def publish(self, resolved: ResolvedModel, objects: dict[str, Path], manifest: Manifest) -> None:
         """Move ``objects`` (path in the model -> staged file) to their place, then write the manifest."""
@@ -118,6 +123,7 @@ class FolderLayout(Layout):
     def __init__(self, folder: Path, donors: Sequence[Path] = ()) -> None:
         self.folder = folder.absolute()
         self.manifest_path = self.folder / MANIFEST
+        self._old_manifest_path = self.folder / f"{MANIFEST}.old"
         self._donors = donors
         # A mount point has its own space and its own lock; a sibling of it may be on another disk or read-only.
         if os.path.ismount(self.folder) or not _writable_parent(self.folder):
@@ -137,8 +143,11 @@ class FolderLayout(Layout):
         return file_matches(path, file)
 
     def donor(self, file: RemoteFile) -> Path | None:
-        places = (folder / file.path for folder in self._donors)
+        places = (folder / file.path for folder in (self.staging / "tree", *self._donors))
         return next((path for path in places if _has_size(path, file.size)), None)
+
+    def unfinished(self) -> bool:
+        return self._old_manifest_path.exists()
 
     def publish(self, resolved: ResolvedModel, objects: dict[str, Path], manifest: Manifest) -> None:
         with _storage(self.folder):
@@ -151,8 +160,7 @@ class FolderLayout(Layout):
             return False
         tree = self.staging / "tree"
         shutil.rmtree(tree, ignore_errors=True)
-        for path, staged in objects.items():
-            _link(staged, tree / path)
+        _place(objects, tree)
         manifest.write(tree / MANIFEST)
         try:
             os.rename(tree, self.folder)
@@ -164,16 +172,18 @@ class FolderLayout(Layout):
         return True
 
     def _publish_into(self, objects: dict[str, Path], manifest: Manifest) -> None:
-        old = self.manifest()
+        old = self.manifest() or Manifest.read(self._old_manifest_path)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.manifest_path.unlink(missing_ok=True)
-        for path, staged in objects.items():
-            _link(staged, self.folder / path)
+        if self.manifest_path.exists():
+            # Kept until the end: a run that takes over after a kill must know which files to remove.
+            os.replace(self.manifest_path, self._old_manifest_path)
+        _place(objects, self.folder)
         if old is not None:
             # A shard of the last revision left behind would be loaded with those of this one.
             for path in {f.path for f in old.files} - {f.path for f in manifest.files}:
                 (self.folder / path).unlink(missing_ok=True)
         manifest.write(self.manifest_path)
+        self._old_manifest_path.unlink(missing_ok=True)
         _fsync_folder(self.folder)
 
 
@@ -260,15 +270,26 @@ def adopt(donor: Path, target: Path) -> None:
     _link(donor.resolve(), target)
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: Path, target: Path, *, may_move: bool = False) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
+        if may_move:
+            shutil.move(source, temporary)
+        else:
+            shutil.copyfile(source, temporary)
     os.replace(temporary, target)
+
+
+def _place(objects: dict[str, Path], folder: Path) -> None:
+    """Put staged files at their paths: linked, so that a kill loses none; moved where links cannot be made."""
+    uses = Counter(objects.values())
+    for path, staged in objects.items():
+        uses[staged] -= 1
+        _link(staged, folder / path, may_move=not uses[staged])
 
 
 def _symlink(blob: Path, place: Path, final: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kubeinfer.weights.errors import ModelNotFound, NotHere, StorageError, WeightsError, WeightsIncomplete
-from kubeinfer.weights.layout import FolderLayout, HubCacheLayout, Manifest
+from kubeinfer.weights.layout import MANIFEST, FolderLayout, HubCacheLayout, Manifest
 from kubeinfer.weights.progress import ProgressCallback, ignore_progress
 from kubeinfer.weights.selection import select
 from kubeinfer.weights.sources.base import RemoteFile, WeightSource, checkpoint_gaps
@@ -92,14 +92,11 @@ def check_folder(folder: Path, *, weights: bool = True) -> Path:
     if not weights:
         return folder
     checkpoints = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and n != "training_args.bin"]
+    if (folder / ".incomplete").exists() and not (folder / MANIFEST).exists():
+        raise WeightsIncomplete(f"{folder} holds an unfinished download: run the same 'kubeinfer pull' again")
     if not checkpoints:
-        hint = (
-            " (it holds an unfinished download: run the pull again)"
-            if (folder / ".incomplete").exists()
-            else ""
-        )
         raise WeightsIncomplete(
-            f"{folder} has no weights: no .safetensors, .bin or .gguf file{hint}; give the folder of a whole model"
+            f"{folder} has no weights: no .safetensors, .bin or .gguf file; give the folder of a whole model"
         )
     check_pointers(folder, checkpoints)
     if gaps := folder_gaps(folder, names):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import errno
 import hashlib
 import os
@@ -31,7 +30,7 @@ from kubeinfer.weights.errors import (
     format_bytes,
 )
 from kubeinfer.weights.progress import Meter
-from kubeinfer.weights.sources.base import FileRequest, RemoteFile, root_cause
+from kubeinfer.weights.sources.base import FileRequest, RemoteFile, retry_after, root_cause
 
 CHUNK = 1 << 16
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -161,6 +160,7 @@ class Transfer:
                 self._pause(failures, again.wait)
                 continue
             problem = digest.problem()
+            self._check_stop()
             if problem is None:
                 with _storage_errors(part):
                     os.replace(part, target)
@@ -190,6 +190,8 @@ class Transfer:
         if have:
             headers["Range"] = f"bytes={have}-"
         with contextlib.closing(self._get(request.url, headers)) as response:
+            # Whoever stopped this download may have let another process at the part.
+            self._check_stop()
             self._check_status(response, file, part, digest)
             if have and not self._continues(response, have):
                 self._forget(part, digest)
@@ -319,19 +321,6 @@ class Transfer:
 def part_of(target: Path) -> Path:
     """Where the bytes of ``target`` gather."""
     return target.with_name(target.name + ".part")
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds of a ``Retry-After`` header, which has seconds or a date."""
-    if not value:
-        return None
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        when = email.utils.parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, when.timestamp() - time.time())
 
 
 def disk_full(folder: Path, needed: int | None = None) -> DiskFull:

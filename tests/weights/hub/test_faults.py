@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import threading
 import time
@@ -205,6 +206,72 @@ def test_a_new_revision_leaves_no_old_shard(hub: HubServer, uri: str, models: Pa
     assert sorted(p.name for p in out.glob("*.safetensors*")) == ["model.safetensors"]
     assert hub.bytes_sent("tokenizer.json") == 0
     assert verify(out) == []
+
+
+def test_a_publication_cut_short_is_done_again(
+    hub: HubServer, uri: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = fetch(uri, local_dir=tmp_path / "out")
+    (models / f"{MODEL}@v2" / SHARD).unlink()
+    real = Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.name == SHARD and path.parent == out:
+            raise KeyboardInterrupt
+        real(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(f"{uri}@v2", local_dir=out)
+    monkeypatch.setattr(Path, "unlink", real)
+    assert (out / SHARD).exists()
+    fetch(f"{uri}@v2", local_dir=out)
+    assert not (out / SHARD).exists()
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_faults_give_the_right_bytes_or_a_reason(
+    hub: HubServer, uri: str, models: Path, tmp_path: Path, assert_same: Same, seed: int
+) -> None:
+    rng = random.Random(f"{seed} {uri}")
+    for _ in range(4):
+        hub.faults.set(
+            [
+                Fault(
+                    rng.choice(["break", "corrupt", "stall", "500", "429", "no-range", "down"]),
+                    path=rng.choice(["*", "*.safetensors", "*.json"]),
+                    times=rng.randrange(1, 9),
+                    after=rng.randrange(0, 400_000),
+                    seconds=rng.choice([0, 0.3]),
+                    scope=rng.choice(["files", "files", "all"]),
+                )
+                for _ in range(rng.randrange(1, 5))
+            ]
+        )
+        try:
+            fetch(uri, local_dir=tmp_path / "out", stall_timeout=0.2)
+        except errors.WeightsError:
+            continue
+        finally:
+            if (tmp_path / "out").exists():
+                assert_same(tmp_path / "out", models / MODEL)
+    hub.faults.set([])
+    assert_same(fetch(uri, local_dir=tmp_path / "out"), models / MODEL)
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_disk_without_hard_links(
+    hub: HubServer, uri: str, models: Path, tmp_path: Path, assert_same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (models / MODEL / "special_tokens_map.json").write_bytes((models / MODEL / "tokenizer.json").read_bytes())
+    assert_same(fetch(uri, local_dir=tmp_path / "out"), models / MODEL)
+    fetch(f"{uri}@v2", local_dir=tmp_path / "out")
+    assert verify(tmp_path / "out") == []
 
 
 def test_damage_on_disk_is_found_and_mended(

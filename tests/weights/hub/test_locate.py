@@ -63,6 +63,13 @@ def test_missing_shards_and_no_weights(tmp_path: Path) -> None:
     assert resolve_model_path(str(bare), weights=False) == bare
 
 
+def test_an_unfinished_download_in_a_mount_point(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", 1, 1000)
+    (folder / ".incomplete" / "objects").mkdir(parents=True)
+    with pytest.raises(errors.WeightsIncomplete, match="unfinished download"):
+        resolve_model_path(str(folder))
+
+
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(errors.ModelNotFound, match="give the folder"):

@@ -8,7 +8,7 @@ import pytest
 from kubeinfer.weights import progress
 from kubeinfer.weights.errors import format_bytes
 from kubeinfer.weights.progress import Bar, JsonLines, Meter, ProgressEvent
-from kubeinfer.weights.transfer import retry_after
+from kubeinfer.weights.sources.base import retry_after
 
 
 class Clock:

@@ -99,6 +99,12 @@ def test_a_hub_with_troubles(hub: HubServer, uri: str) -> None:
         resolve(uri)
 
 
+@pytest.mark.parametrize("kind", ["500", "429", "down"])
+def test_a_hub_that_recovers(hub: HubServer, uri: str, kind: str) -> None:
+    hub.faults.add(Fault(kind, scope="api", times=1, seconds=0))
+    assert resolve(uri).revision
+
+
 def test_a_page_that_is_no_hub(hub: HubServer, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/portal")
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", f"{hub.url}/portal")

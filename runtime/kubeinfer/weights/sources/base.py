@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import email.utils
 import json
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +81,19 @@ class WeightSource(abc.ABC):
     @abc.abstractmethod
     def cached_snapshots(self, cache_dir: Path) -> list[Path]:
         """Snapshots of this model (at its revision, if it names one) in the cache, the best first."""
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds of a ``Retry-After`` header, which has seconds or a date."""
+    if not value:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        when = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, when.timestamp() - time.time())
 
 
 def home() -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 from kubeinfer.weights.errors import (
@@ -22,16 +24,21 @@ from kubeinfer.weights.sources.base import (
     ResolvedModel,
     WeightSource,
     home,
+    retry_after,
     root_cause,
 )
 from kubeinfer.weights.uri import ModelSource
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _API_TIMEOUT = 20.0
+_ATTEMPTS = 3
+_LONGEST_WAIT = 60.0  # seconds
 
 
 class HuggingFaceSource(WeightSource):
     """``HF_ENDPOINT``, ``HF_TOKEN`` (or the token file of a login) and ``HF_HOME``/``HF_HUB_CACHE`` hold."""
+
+    backoff: ClassVar[float] = 0.5  # seconds before the second attempt to resolve
 
     def __init__(self, model: ModelSource, *, token: str | None = None, endpoint: str | None = None) -> None:
         super().__init__(model, token=token, endpoint=endpoint)
@@ -43,6 +50,18 @@ class HuggingFaceSource(WeightSource):
             )
 
     def resolve(self) -> ResolvedModel:
+        # Unlike the other SDK, this one asks once.
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._resolve_once()
+            except (NetworkUnreachable, HubUnavailable, TooManyRequests) as error:
+                wait = error.details.get("retryAfter", self.backoff * 2**attempt)
+                if attempt == _ATTEMPTS - 1 or wait > _LONGEST_WAIT:
+                    raise
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _resolve_once(self) -> ResolvedModel:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
@@ -137,7 +156,8 @@ class HuggingFaceSource(WeightSource):
             )
         if status == 429:
             return TooManyRequests(
-                f"{host} limits the rate of requests (HTTP 429) while resolving {model}; try later"
+                f"{host} limits the rate of requests (HTTP 429) while resolving {model}; try later",
+                retryAfter=retry_after(error.response.headers.get("Retry-After")),
             )
         if status is not None and status >= 500:
             return HubUnavailable(

@@ -185,10 +185,11 @@ def silent_for(reflectors: list[Reflector]) -> float:
 def subset(wanted: Any, found: Any) -> bool:
     """Whether ``found`` has all that ``wanted`` asks for; what the server adds is no difference."""
     if isinstance(wanted, dict):
-        return isinstance(found, dict) and all(
-            subset(value, found.get(key)) if value not in ({}, [], None) else not found.get(key)
-            for key, value in wanted.items()
-        )
+        if not isinstance(found, dict):
+            return found is None and not wanted
+        return all(subset(value, found.get(key)) for key, value in wanted.items())
+    if wanted is None or wanted == []:
+        return not found
     if isinstance(wanted, list):
         return isinstance(found, list) and len(wanted) == len(found) and all(map(subset, wanted, found))
     if wanted == found:

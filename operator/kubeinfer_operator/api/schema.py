@@ -21,6 +21,7 @@ _KEEP = (
     "maxLength",
     "minItems",
     "maxItems",
+    "maxProperties",
 )
 
 

@@ -163,7 +163,9 @@ class LocalObject(Part):
 class TemplateSpec(Part):
     """What the pods of this model have besides the engine."""
 
-    labels: dict[str, str] = Field(default_factory=dict, description="Further labels of the pods.")
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="Further labels of the pods.", max_length=64
+    )
     annotations: dict[str, str] = Field(default_factory=dict, description="Further annotations of the pods.")
     node_selector: dict[str, str] = Field(default_factory=dict, description="Labels that a node must have.")
     tolerations: list[Toleration] = Field(

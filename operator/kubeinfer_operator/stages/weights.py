@@ -183,7 +183,6 @@ class _Stage:
     def fits(self, hub: Hub) -> bool:
         found = plan(self.spec, hub, labelled_memory=self.world.device_memory)
         self.out.status["plan"] = found.line
-        self.state.bytes_total = hub.weight_bytes
         self.state.planned = found.fits
         if found.fits:
             self.weights["planned"] = self.plan_key
@@ -425,6 +424,8 @@ def fetch_weights(
     """The stage: adds findings Planned and WeightsReady, ``status.weights``, and the writes that bring them about."""
     stage = _Stage(model, spec, world, now, out)
     state = stage.run()
+    # From the status, so that it is the same before and after a restart.
+    state.bytes_total = stage.weights.get("total")
     out.status.setdefault("weights", {k: v for k, v in stage.weights.items() if v is not None})
     if not any(f.type == WEIGHTS_READY for f in out.findings):
         out.findings.append(unknown(WEIGHTS_READY, "Pending", "waiting for the plan"))

@@ -11,7 +11,8 @@ from typing import Any
 
 import uvloop
 
-from kubeinfer.api.server import ApiServer, bind
+from kubeinfer.api.launch import bind
+from kubeinfer.api.server import ApiServer
 from kubeinfer.options import ServeOptions
 
 

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from api.scripted import scripted_engine
-from kubeinfer.api.server import run_server
+from kubeinfer.api.launch import run_server
 from kubeinfer.async_llm import AsyncLLM
 from kubeinfer.cli.serve import add_arguments, serve_options
 from kubeinfer.options import ServeOptions

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def test_generate(legacy: str) -> None:
     ]
     assert chunks[-1] == whole
     assert len(chunks) > 1
-    assert all(later[0].startswith(earlier[0]) for earlier, later in zip(chunks, chunks[1:]))
+    assert all(later[0].startswith(earlier[0]) for earlier, later in pairwise(chunks))
     several = requests.post(legacy + "/generate", json={**body, "n": 3, "temperature": 0.9}).json()["text"]
     assert len(several) == 3
     assert requests.get(legacy + "/health").status_code == 200
@@ -254,7 +255,7 @@ def test_two_way_tensor_parallel_with_every_flag_of_the_row(here: Path) -> None:
     with serving(
         "kubeinfer.cli.main", "serve", "./models/Qwen2-0.5B-Instruct", "--served-model-name", "qwen", "--max-model-len",
         "256", "--gpu-memory-utilization", "0.8", "--max-num-seqs", "2", "--tensor-parallel-size", "2",
-        "--enforce-eager", "--cpu-kvcache-space", "0.1", "--port", "PORT", cwd=here,
+        "--enforce-eager", "--swap-space=1", "--cpu-kvcache-space", "0.1", "--port", "PORT", cwd=here,
     ) as url:  # fmt: skip
         answer = httpx.post(url + "/v1/completions", json={**body, "model": "qwen"}, timeout=60).json()
     assert answer["choices"][0]["text"]

@@ -57,7 +57,7 @@ def serve_options(arguments: argparse.Namespace) -> ServeOptions:
 
 def run(arguments: argparse.Namespace, *, legacy_only: bool = False) -> int:
     options = serve_options(arguments)
-    from kubeinfer.api.server import run_server
+    from kubeinfer.api.launch import run_server
 
     return run_server(options, legacy_only=legacy_only)
 

@@ -130,7 +130,17 @@ def test_to_transformers_gives_the_same_ids_and_template(folder: Path) -> None:
     assert hf.eos_token_id == ours.eos_token_id
 
 
-def test_the_slow_mode_and_python_tokenizers(tmp_path: Path) -> None:
+def test_the_slow_mode_gives_the_same_ids_and_text(folder: Path) -> None:
+    fast, by_transformers = from_folder(folder), from_folder(folder, slow=True)
+    for text in TEXTS:
+        ids = fast.encode(text)
+        assert by_transformers.encode(text) == ids
+        assert by_transformers.decode(ids) == fast.decode(ids)
+        stream = by_transformers.stream([])
+        assert "".join(stream.push([token_id]) for token_id in ids) + stream.finish() == fast.decode(ids)
+
+
+def test_python_tokenizers(tmp_path: Path) -> None:
     tokenizer = slow()
     tokenizer._hf.save_pretrained(tmp_path)
     ours = from_folder(tmp_path)
@@ -144,7 +154,8 @@ def test_remote_code_needs_trust(folder: Path) -> None:
     with pytest.raises(ModelLoadError, match="--trust-remote-code"):
         from_folder(folder)
     (folder / "tokenization_own.py").write_text(
-        "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n"
+        "    def encode(self, text, **options):\n        return super().encode('>' + text, **options)\n"
     )
     change_config(
         folder,
@@ -153,7 +164,7 @@ def test_remote_code_needs_trust(folder: Path) -> None:
     )
     ours = from_folder(folder, trust_remote_code=True)
     assert type(ours._hf).__name__ == "OwnTokenizer"
-    assert ours.encode("Hello") == byte_ids(folder, "Hello")
+    assert ours.encode("Hello") == byte_ids(folder, ">Hello")
 
 
 def byte_ids(folder: Path, text: str) -> list[int]:

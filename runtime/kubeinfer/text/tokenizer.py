@@ -60,6 +60,10 @@ class Tokenizer:
         self.chat_templates = chat_templates or {}
         self._backend = backend
         self._hf = hf
+        # A model's own class may do more to a text than its backend does.
+        self._encode_hf = backend is None or not (
+            hf is None or type(hf).__module__.startswith("transformers.")
+        )
         self._most_characters: int | None = None
         self.decoder: TokenDecoder
         if backend is not None:
@@ -99,7 +103,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written in the text are recognised."""
-        if self._backend is not None:
+        if self._backend is not None and not self._encode_hf:
             if len(text) > LONG_TEXT:
                 return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -107,7 +111,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """:meth:`encode` of several texts, on all cores where the tokenizer can."""
-        if self._backend is not None:
+        if self._backend is not None and not self._encode_hf:
             batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
             return [encoding.ids for encoding in batch]
         return [self.encode(text, add_special_tokens) for text in texts]
@@ -143,7 +147,9 @@ class Tokenizer:
     def least_tokens(self, text: str) -> int:
         """A count that no tokenization of ``text`` is below: a cheap look before an expensive one. 0: not known."""
         if self._most_characters is None:
-            self._most_characters = 0 if self._backend is None else _most_characters(self._backend)
+            self._most_characters = (
+                0 if self._backend is None or self._encode_hf else _most_characters(self._backend)
+            )
         return -(-len(text) // self._most_characters) if self._most_characters else 0
 
     def to_transformers(self) -> Any:

@@ -66,6 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: HubServer
     protocol_version = "HTTP/1.1"
     server_version = "loopback-hub"
+    disable_nagle_algorithm = True  # head and body are two writes
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet: the statistics tell what was asked."""

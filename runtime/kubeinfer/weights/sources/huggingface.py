@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from kubeinfer.weights.errors import (
@@ -113,7 +113,8 @@ class HuggingFaceSource(WeightSource):
         from huggingface_hub import errors as hf
 
         model, host = self.model, urlsplit(self.endpoint).netloc
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        response: Any = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
         if isinstance(error, hf.HFValidationError):
             return InvalidModelId(f"{model}: {error}")
         if isinstance(error, hf.OfflineModeIsEnabled):
@@ -157,7 +158,7 @@ class HuggingFaceSource(WeightSource):
         if status == 429:
             return TooManyRequests(
                 f"{host} limits the rate of requests (HTTP 429) while resolving {model}; try later",
-                retryAfter=retry_after(error.response.headers.get("Retry-After")),
+                retryAfter=retry_after(response.headers.get("Retry-After")),
             )
         if status is not None and status >= 500:
             return HubUnavailable(

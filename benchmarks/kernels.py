@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench_cudagraph
+from triton.testing import do_bench, do_bench_cudagraph
 
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.attention import decode_workspace, paged_attention
@@ -38,6 +38,7 @@ def microseconds(*runs: Callable[[], object]) -> float:
         for run in runs:
             run()
 
+    torch.cuda.synchronize()  # the graph is captured on another stream
     return float(do_bench_cudagraph(turns, rep=30, return_mode="median")) * 1e3 / len(runs)
 
 
@@ -45,7 +46,8 @@ def copy_bandwidth() -> float:
     """Bytes a second of a 4 GiB device-to-device copy, read plus written."""
     source = torch.randn(1 << 30, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (microseconds(lambda: target.copy_(source)) * 1e-6)
+    milliseconds = do_bench(lambda: target.copy_(source), warmup=20, rep=50, return_mode="median")
+    return 2 * source.nbytes / (milliseconds * 1e-3)
 
 
 def paged_cache(

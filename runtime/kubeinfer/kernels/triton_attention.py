@@ -218,7 +218,6 @@ def _prefill_tiles(
         keys = start + tl.arange(0, BLOCK_N)
         if TMA:
             k = k_source.load([row_start + start, 0])
-            v = v_source.load([row_start + start, 0])
         else:
             if MASKED:
                 inside = keys < seq_len
@@ -258,6 +257,8 @@ def _prefill_tiles(
             p = tl.exp2(s * qk_scale - shift[:, None])
         alpha = tl.exp2(m - shift)
         total = total * alpha + tl.sum(p, 1)
+        if TMA:
+            v = v_source.load([row_start + start, 0])
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
     return acc, total, m

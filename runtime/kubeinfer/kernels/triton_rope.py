@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""Triton kernel of `kubeinfer.kernels.rope`: one program a token and a few heads of q, k or v."""
+"""Triton kernel of `kubeinfer.kernels.rope`: rows of a tile are heads of q, k and v."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _store_page(ptr, offsets, x, factor, mask):
     tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _rope_kernel(
     q_ptr,
     k_ptr,
@@ -30,6 +30,7 @@ def _rope_kernel(
     kv_ptr,
     q_weight_ptr,
     k_weight_ptr,
+    num_tokens,
     num_blocks,
     eps,
     k_scale,
@@ -44,93 +45,86 @@ def _rope_kernel(
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Columns of a head: two rotated halves ``[0, HALF)``, ``[HALF, 2 HALF)`` and the unrotated rest."""
-    t = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    """Rows are the heads of q, then k, then v, of one token after the other.
+
+    Columns of a head: two rotated halves ``[0, HALF)``, ``[HALF, 2 HALF)`` and the unrotated rest.
+    """
+    HEADS: tl.constexpr = HQ + 2 * HK
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    Q_PARTS: tl.constexpr = (HQ + HEADS - 1) // HEADS
-    K_PARTS: tl.constexpr = (HK + HEADS - 1) // HEADS
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = row // HEADS
+    head = row % HEADS
+    inside = t < num_tokens
+    is_q = inside & (head < HQ)
+    is_v = inside & (head >= HQ + HK)
+    is_k = inside & (head >= HQ) & (head < HQ + HK)
+    t = t.to(tl.int64)
+    kv_head = (head - HQ) % HK
+    source = tl.where(
+        is_q,
+        q_ptr + t * STRIDE_Q + head * D,
+        tl.where(is_v, v_ptr + t * STRIDE_V + kv_head * D, k_ptr + t * STRIDE_K + kv_head * D),
+    )
     half = tl.arange(0, HALF_PAD)
     rest = 2 * HALF + tl.arange(0, REST_PAD)
-    heads = tl.arange(0, HEADS)
-    is_q = part < Q_PARTS
-    is_v = part >= Q_PARTS + K_PARTS
-    if is_q:
-        heads += part * HEADS
-        source = q_ptr + t * STRIDE_Q
-        inside = heads < HQ
-    else:
-        heads += (part - Q_PARTS - (K_PARTS if is_v else 0)) * HEADS
-        inside = heads < HK
-        if is_v:
-            source = v_ptr + t * STRIDE_V
-        else:
-            source = k_ptr + t * STRIDE_K
-    slot = tl.load(slots_ptr + t).to(tl.int64)
     half_mask = inside[:, None] & (half < HALF)[None, :]
     rest_mask = inside[:, None] & (rest < D)[None, :]
-    first_at = heads[:, None] * D + half[None, :]
-    rest_at = heads[:, None] * D + rest[None, :]
+    slot = tl.load(slots_ptr + t, mask=inside, other=-1).to(tl.int64)
+    first = tl.zeros([ROWS, HALF_PAD], tl.float32)
+    second = first
+    other = tl.zeros([ROWS, REST_PAD], tl.float32)
     if HALF > 0:
-        first = tl.load(source + first_at, mask=half_mask, other=0.0).to(tl.float32)
-        second = tl.load(source + first_at + HALF, mask=half_mask, other=0.0).to(tl.float32)
-    else:
-        first = tl.zeros([HEADS, HALF_PAD], tl.float32)
-        second = first
+        position = tl.load(positions_ptr + t, mask=inside, other=0).to(tl.int64)
+        first = tl.load(source[:, None] + half[None, :], mask=half_mask, other=0.0).to(tl.float32)
+        second = tl.load(source[:, None] + (half + HALF)[None, :], mask=half_mask, other=0.0).to(tl.float32)
     if 2 * HALF < D:
-        other = tl.load(source + rest_at, mask=rest_mask, other=0.0).to(tl.float32)
-    else:
-        other = tl.zeros([HEADS, REST_PAD], tl.float32)
-    if not is_v:
-        if HAS_NORM:
-            weight_ptr = k_weight_ptr
-            if is_q:
-                weight_ptr = q_weight_ptr
-            square = tl.sum(first * first + second * second, 1) + tl.sum(other * other, 1)
-            factor = tl.rsqrt(square / D + eps)[:, None]
-            # Rounded as separate operations would have rounded it.
-            kind = q_ptr.dtype.element_ty
-            if HALF > 0:
-                w1 = tl.load(weight_ptr + half, mask=half < HALF, other=0.0).to(tl.float32)
-                w2 = tl.load(weight_ptr + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
-                first = (first * factor * w1[None, :]).to(kind).to(tl.float32)
-                second = (second * factor * w2[None, :]).to(kind).to(tl.float32)
-            if 2 * HALF < D:
-                w3 = tl.load(weight_ptr + rest, mask=rest < D, other=0.0).to(tl.float32)
-                other = other * factor * w3[None, :]
+        other = tl.load(source[:, None] + rest[None, :], mask=rest_mask, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        square = tl.sum(first * first + second * second, 1) + tl.sum(other * other, 1)
+        factor = tl.where(is_v, 1.0, tl.rsqrt(square / D + eps))[:, None]
+        weight = tl.where(is_q, q_weight_ptr + tl.zeros_like(t), k_weight_ptr + tl.zeros_like(t))[:, None]
+        normed = (is_q | is_k)[:, None]
+        # Rounded as separate operations would have rounded it.
+        kind = q_ptr.dtype.element_ty
         if HALF > 0:
-            position = tl.load(positions_ptr + t).to(tl.int64)
-            row = cos_sin_ptr + position * (2 * HALF)
-            cos = tl.load(row + half, mask=half < HALF, other=0.0)[None, :]
-            sin = tl.load(row + HALF + half, mask=half < HALF, other=0.0)[None, :]
-            rotated = first * cos - second * sin
-            second = second * cos + first * sin
-            first = rotated
-    if is_q:
-        target = q_ptr + t * STRIDE_Q
-        if HALF > 0:
-            tl.store(target + first_at, first.to(q_ptr.dtype.element_ty), mask=half_mask)
-            tl.store(target + first_at + HALF, second.to(q_ptr.dtype.element_ty), mask=half_mask)
-        if HAS_NORM and 2 * HALF < D:
-            tl.store(target + rest_at, other.to(q_ptr.dtype.element_ty), mask=rest_mask)
-    elif slot >= 0:
-        page = (slot // BLOCK_SIZE) * (HK * BLOCK_SIZE * D) + (slot % BLOCK_SIZE) * D
-        scale = k_scale
-        if is_v:
-            page += num_blocks.to(tl.int64) * (HK * BLOCK_SIZE * D)
-            scale = v_scale
-        to = page + heads[:, None] * (BLOCK_SIZE * D)
-        if HALF > 0:
-            _store_page(kv_ptr, to + half[None, :], first, scale, half_mask)
-            _store_page(kv_ptr, to + (half + HALF)[None, :], second, scale, half_mask)
+            w1 = tl.load(weight + half[None, :], mask=normed & half_mask, other=1.0).to(tl.float32)
+            w2 = tl.load(weight + (half + HALF)[None, :], mask=normed & half_mask, other=1.0).to(tl.float32)
+            first = (first * factor * w1).to(kind).to(tl.float32)
+            second = (second * factor * w2).to(kind).to(tl.float32)
         if 2 * HALF < D:
-            _store_page(kv_ptr, to + rest[None, :], other, scale, rest_mask)
+            other = (
+                other
+                * factor
+                * tl.load(weight + rest[None, :], mask=normed & rest_mask, other=1.0).to(tl.float32)
+            )
+    if HALF > 0:
+        angle = cos_sin_ptr + position[:, None] * (2 * HALF) + half[None, :]
+        turned = half_mask & ((head < HQ + HK) & inside)[:, None]
+        cos = tl.load(angle, mask=turned, other=1.0)
+        sin = tl.load(angle + HALF, mask=turned, other=0.0)
+        rotated = first * cos - second * sin
+        second = second * cos + first * sin
+        first = rotated
+    stored = (slot >= 0) & (is_k | is_v)
+    page = (slot // BLOCK_SIZE) * (HK * BLOCK_SIZE * D) + (slot % BLOCK_SIZE) * D + kv_head * (BLOCK_SIZE * D)
+    page = (page + tl.where(is_v, num_blocks.to(tl.int64) * (HK * BLOCK_SIZE * D), 0))[:, None]
+    scale = tl.where(is_v, v_scale, k_scale)[:, None]
+    kind = q_ptr.dtype.element_ty
+    if HALF > 0:
+        tl.store(source[:, None] + half[None, :], first.to(kind), mask=half_mask & is_q[:, None])
+        tl.store(source[:, None] + (half + HALF)[None, :], second.to(kind), mask=half_mask & is_q[:, None])
+        _store_page(kv_ptr, page + half[None, :], first, scale, half_mask & stored[:, None])
+        _store_page(kv_ptr, page + (half + HALF)[None, :], second, scale, half_mask & stored[:, None])
+    if 2 * HALF < D:
+        if HAS_NORM:
+            tl.store(source[:, None] + rest[None, :], other.to(kind), mask=rest_mask & is_q[:, None])
+        _store_page(kv_ptr, page + rest[None, :], other, scale, rest_mask & stored[:, None])
 
 
 def rope_and_cache_triton(
@@ -155,18 +149,18 @@ def rope_and_cache_triton(
     half = cos_sin.shape[1] // 2 if cos_sin is not None else 0
     if cos_sin is not None and cos_sin.dtype != torch.float32:
         raise TypeError(f"cos_sin must be float32, not {cos_sin.dtype}")
-    # Few tokens: spread the heads over programs; many: let each program move more.
-    heads = 4 if num_tokens <= 256 else 8
-    parts = -(-num_heads // heads) + 2 * -(-num_kv_heads // heads)
     if cos_sin is None and q_norm_weight is None:
-        # Nothing to do for q: no heads of it in the grid.
-        parts, num_heads = 2 * -(-num_kv_heads // heads), 0
+        num_heads = 0  # nothing to do for q
+    # Few tokens: spread the heads over programs; many: let each program move more.
+    total = num_tokens * (num_heads + 2 * num_kv_heads)
+    rows, num_warps = (4, 1) if total <= 8192 else (16, 2) if head_dim > 64 else (32, 2)
     pdl = overlaps_launches()
-    _rope_kernel[(num_tokens, parts)](
+    _rope_kernel[(triton.cdiv(total, rows),)](
         q, k, v, positions, cos_sin if cos_sin is not None else q, slot_mapping, kv_cache,
         q_norm_weight if q_norm_weight is not None else q, k_norm_weight if k_norm_weight is not None else q,
-        kv_cache.shape[1], eps, k_scale, v_scale, STRIDE_Q=q.stride(0), STRIDE_K=k.stride(0), STRIDE_V=v.stride(0),
-        HQ=num_heads, HK=num_kv_heads, D=head_dim, HALF=half, HALF_PAD=max(2, triton.next_power_of_2(half)),
-        REST_PAD=max(2, triton.next_power_of_2(head_dim - 2 * half)), BLOCK_SIZE=kv_cache.shape[3], HEADS=heads,
-        HAS_NORM=q_norm_weight is not None, PDL=pdl, num_warps=2, launch_pdl=pdl,
+        num_tokens, kv_cache.shape[1], eps, k_scale, v_scale, STRIDE_Q=q.stride(0), STRIDE_K=k.stride(0),
+        STRIDE_V=v.stride(0), HQ=num_heads, HK=num_kv_heads, D=head_dim, HALF=half,
+        HALF_PAD=max(2, triton.next_power_of_2(half)), REST_PAD=max(2, triton.next_power_of_2(head_dim - 2 * half)),
+        BLOCK_SIZE=kv_cache.shape[3], ROWS=rows, HAS_NORM=q_norm_weight is not None, PDL=pdl, num_warps=num_warps,
+        launch_pdl=pdl,
     )  # fmt: skip

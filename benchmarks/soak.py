@@ -165,13 +165,15 @@ async def _soak_server(url: str, total: int, concurrency: int, seed: int, header
             held = [
                 line
                 for line in text.splitlines()
-                if re.match(r"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)\b", line)
+                if re.match(
+                    r"^kubeinfer:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)\b", line
+                )
                 and float(line.rsplit(" ", 1)[1]) != 0
             ]
             if not held:
                 break
             await asyncio.sleep(0.1)
-    known = re.findall(r"^vllm:(?:num_requests_running|kv_cache_usage_perc)\b", text, re.MULTILINE)
+    known = re.findall(r"^kubeinfer:(?:num_requests_running|kv_cache_usage_perc)\b", text, re.MULTILINE)
     print(f"{counts}; still held: {held or 'nothing'}")
     for error in sorted(errors)[:5]:
         print(f"error: {error}")

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -171,3 +172,17 @@ def test_mistakes_are_named(flags, what, capsys):
 def test_a_model_is_needed(capsys):
     assert main(["bench", "throughput"]) == 1
     assert "no model is given" in capsys.readouterr().err
+
+
+def test_clients_that_leave_hold_nothing(server):
+    """A third of 150 streams are cut off by their clients; every block comes back (benchmarks/soak.py)."""
+    script = Path(__file__).parents[2] / "benchmarks" / "soak.py"
+    done = subprocess.run(
+        [sys.executable, script, "server", "--url", server, "--api-key", "secret", "--requests", "150"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'failed': 0}; still held: nothing" in done.stdout
+    assert "'cut': 0" not in done.stdout.splitlines()[-1]

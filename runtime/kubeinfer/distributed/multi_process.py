@@ -96,7 +96,7 @@ class MultiProcessExecutor(Executor):
             "init_method": init_method,
             "plans": address,
             "worker": f"{self._worker_class.__module__}:{self._worker_class.__qualname__}",
-            "options": self._options.model_dump(exclude_unset=True),
+            "options": {**self._options.model_dump(exclude_unset=True), "dtype": self._model_config.dtype},
             "limits": self._limits,
             "last_words": f"{self._folder}/rank{rank}.reason",
         }

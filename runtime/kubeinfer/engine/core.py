@@ -131,11 +131,11 @@ def fit_model_len(options: EngineOptions, model_config: ModelConfig, spec: Cache
 def make_core(options: EngineOptions) -> EngineCore:
     """Read the model's configuration, resolve device-dependent defaults, and start an engine."""
     from kubeinfer.distributed.executor import make_executor
-    from kubeinfer.engine.defaults import resolve_defaults, step_limits
+    from kubeinfer.engine.defaults import check_dtype, resolve_defaults, step_limits
     from kubeinfer.model_config import load_model_config
 
     options = resolve_defaults(options)
-    model_config = load_model_config(options)
+    model_config = check_dtype(options, load_model_config(options))
     limits = step_limits(options, model_config)
     from kubeinfer.worker.worker import Worker
 

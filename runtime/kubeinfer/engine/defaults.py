@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kubeinfer.errors import OptionError
@@ -53,7 +54,34 @@ def resolve_defaults(options: EngineOptions) -> EngineOptions:
             raise OptionError(
                 f"kv_cache_dtype {options.kv_cache_dtype} is not supported on the CPU.", "kv_cache_dtype"
             )
+    else:
+        if options.cpu_offload_gb:
+            raise OptionError(
+                "cpu_offload_gb is not supported yet; use more GPUs (--tensor-parallel-size) or a smaller model.",
+                "cpu_offload_gb",
+            )
+        if options.swap_space:
+            logger.warning("swap_space has no effect yet: preempted requests are computed again")
     return options.model_copy(update=changes)
+
+
+def check_dtype(options: EngineOptions, model_config: ModelConfig) -> ModelConfig:
+    """The configuration with a number format that the device has. Raises :class:`OptionError` where it was asked for."""
+    if options.device != "cuda" or model_config.dtype != "bfloat16":
+        return model_config
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    if major >= 8:
+        return model_config
+    name = torch.cuda.get_device_name()
+    if options.dtype == "bfloat16":
+        raise OptionError(
+            f"bfloat16 needs a GPU of compute capability 8.0 or later, but {name} has {major}.{minor}; use --dtype half.",
+            "dtype",
+        )
+    logger.warning("%s has no bfloat16 (compute capability %d.%d): float16 is used", name, major, minor)
+    return replace(model_config, dtype="float16")
 
 
 def step_limits(options: EngineOptions, model_config: ModelConfig) -> tuple[int, int]:

@@ -66,8 +66,8 @@ class DecodeGraphs:
         self._tokens = torch.zeros(largest, dtype=torch.int64, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def capture(self) -> None:
-        """Capture every size, the largest first so that the smaller ones reuse its memory."""
+    def capture(self) -> Any:
+        """Capture every size, the largest first so that the smaller ones reuse its memory; returns the pool."""
         self._rows_and_starts[0].fill_(self.tables.spare_row)
         pool = None
         for size in reversed(self.sizes):
@@ -79,6 +79,7 @@ class DecodeGraphs:
                 self._step(size)
             pool = pool or graph.pool()
             self._graphs[size] = graph
+        return pool
 
     def _step(self, size: int) -> None:
         tables, inputs = self.tables, self._inputs

@@ -14,6 +14,7 @@ from kubeinfer.engine.plan import StepPlan, StepResult
 from kubeinfer.kernels.attention import DecodeWorkspace
 from kubeinfer.layers.attention import StepContext
 from kubeinfer.worker.cuda_graph import DecodeGraphs
+from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.sampler import Sampler, token_logprobs
 from kubeinfer.worker.tables import RowTables
 
@@ -26,7 +27,9 @@ class PendingResult:
         tokens: Tensor,
         logprobs: dict[int, TokenLogprobs] | None = None,
         prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
+        keep: list[int] | None = None,
     ):
+        self._keep = keep  # which of ``tokens`` are the step's; None: all
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs
         self._event: Any = None
@@ -41,7 +44,10 @@ class PendingResult:
     def wait(self) -> StepResult:
         if self._event is not None:
             self._event.synchronize()
-        return StepResult(self._tokens.tolist(), self._logprobs, self._prompt_logprobs)
+        tokens = self._tokens.tolist()
+        if self._keep is not None:
+            tokens = [tokens[i] for i in self._keep]
+        return StepResult(tokens, self._logprobs, self._prompt_logprobs)
 
 
 class ModelRunner:
@@ -64,6 +70,7 @@ class ModelRunner:
         self.sampler = Sampler(max_rows, model.config.vocab_size, device)
         self.workspace: DecodeWorkspace | None = None
         self.graphs: DecodeGraphs | None = None
+        self.mixed_graphs: MixedGraphs | None = None
         self._prompt_logprobs: dict[
             int, tuple[int, int, list[TokenLogprobs]]
         ] = {}  # row -> (k, prompt_len, found)
@@ -82,6 +89,10 @@ class ModelRunner:
         starts = np.array(plan.starts, np.int32)
         if self.graphs is not None and plan.num_decodes == len(rows) and self.graphs.fits(len(rows)):
             return self._replay(plan, rows, starts)
+        if self.mixed_graphs is not None and plan.num_decodes == len(rows) - 1 and not self._prompt_logprobs:
+            key = self.mixed_graphs.pick(plan.num_decodes, plan.num_tokens[-1])
+            if key is not None:
+                return self._replay_mixed(key, plan, rows, starts)
         input_ids, step = self._inputs(plan, rows, starts)
         hidden = self.model.forward(input_ids, step)
         return self._sample(plan, hidden, rows, starts)
@@ -96,14 +107,34 @@ class ModelRunner:
         self.tables.last_tokens[self._to(rows)] = tokens
         return PendingResult(tokens, logprobs)
 
-    def _inputs(
+    def _replay_mixed(
+        self, key: tuple[int, int], plan: StepPlan, rows: NDArray[np.int32], starts: NDArray[np.int32]
+    ) -> PendingResult:
+        graphs = self.mixed_graphs
+        if graphs is None:
+            raise RuntimeError("no graph was captured")
+        chunk_samples = len(plan.sampled) == len(rows)
+        real = graphs.replay(key, self._host_inputs(plan, rows, starts), plan.num_decodes, chunk_samples)
+        if not chunk_samples:
+            rows, starts, real = rows[:-1], starts[:-1], real[:-1]
+        if not len(rows):
+            return PendingResult(torch.empty(0, dtype=torch.int64))
+        if self.sampler.is_plain(rows):
+            return PendingResult(graphs.tokens[: key[0] + 1], keep=real.tolist())
+        positions = starts + np.array([plan.num_tokens[i] for i in plan.sampled], np.int32)
+        logits = graphs.logits[real.to(self.device)]
+        tokens, logprobs = self.sampler.sample(logits, rows, positions, plan)
+        self.tables.last_tokens[self._to(rows)] = tokens
+        return PendingResult(tokens, logprobs)
+
+    def _host_inputs(
         self, plan: StepPlan, rows: NDArray[np.int32], starts: NDArray[np.int32]
-    ) -> tuple[Tensor, StepContext]:
+    ) -> dict[str, NDArray[np.int32]]:
+        """The step's inputs as int32 arrays. Ids of decodes are 0: the device knows them."""
         num_decodes = plan.num_decodes
         lengths = np.array(plan.num_tokens, np.int32)
         query_start = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(lengths, out=query_start[1:])
-        seq_lens = starts + lengths
         if num_decodes == len(rows):
             positions, owners = starts, rows
             ids = np.zeros(num_decodes, np.int32)
@@ -119,22 +150,33 @@ class ModelRunner:
             ]
             ids = np.concatenate((np.zeros(num_decodes, np.int32), *known))
         size = self.block_size
-        slots = self.tables.block_table[owners, positions // size] * size + positions % size
-        max_seq_len = int(seq_lens.max())
-        device_rows, input_ids, device_positions, device_slots, device_query_start, device_seq_lens = (
-            self._upload(rows, ids, positions, slots, query_start, seq_lens)
-        )
-        if num_decodes:
-            input_ids[:num_decodes] = self.tables.last_tokens[device_rows[:num_decodes]].int()
+        return {
+            "rows": rows,
+            "ids": ids,
+            "positions": positions,
+            "slots": self.tables.block_table[owners, positions // size] * size + positions % size,
+            "query_start": query_start,
+            "seq_lens": starts + lengths,
+        }
+
+    def _inputs(
+        self, plan: StepPlan, rows: NDArray[np.int32], starts: NDArray[np.int32]
+    ) -> tuple[Tensor, StepContext]:
+        host = self._host_inputs(plan, rows, starts)
+        max_seq_len = int(host["seq_lens"].max())
+        device_rows, input_ids, positions, slots, query_start, seq_lens = self._upload(*host.values())
+        if plan.num_decodes:
+            decoding = device_rows[: plan.num_decodes]
+            input_ids[: plan.num_decodes] = self.tables.last_tokens[decoding].int()
         step = StepContext(
-            positions=device_positions,
-            slot_mapping=device_slots,
-            query_start=device_query_start,
-            seq_lens=device_seq_lens,
-            block_table=self.tables.block_table_device[device_rows, : -(-max_seq_len // size)],
-            max_query_len=int(lengths.max()),
+            positions=positions,
+            slot_mapping=slots,
+            query_start=query_start,
+            seq_lens=seq_lens,
+            block_table=self.tables.block_table_device[device_rows, : -(-max_seq_len // self.block_size)],
+            max_query_len=max(plan.num_tokens),
             max_seq_len=max_seq_len,
-            num_decodes=num_decodes,
+            num_decodes=plan.num_decodes,
             kv_caches=self.kv_caches,
             workspace=self.workspace,
         )

@@ -22,6 +22,7 @@ from kubeinfer.models.registry import model_class
 from kubeinfer.options import EngineOptions
 from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
 from kubeinfer.worker.memory import block_bytes, cpu_kv_blocks, gpu_kv_blocks, usable_cpus
+from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.model_runner import ModelRunner, PendingResult
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Worker:
         self.is_gpu = options.device == "cuda"
         self.device = torch.device("cuda", self.group.rank) if self.is_gpu else torch.device("cpu")
         self.dtype: torch.dtype = getattr(torch, model_config.dtype)
+        self.cache_dtype = self.dtype
         self.runner: ModelRunner | None = None
 
     def start(self) -> CacheSpec:
@@ -61,7 +63,9 @@ class Worker:
         began = time.perf_counter()
         block_size = int(self.options.block_size or 16)
         kv_heads = max(1, self.model_config.num_kv_heads // self.group.size)
-        itemsize = torch.empty(0, dtype=self.dtype).element_size()
+        fp8 = self.options.kv_cache_dtype != "auto"
+        self.cache_dtype = torch.float8_e4m3fn if fp8 else self.dtype
+        itemsize = self.cache_dtype.itemsize
         per_block = block_bytes(
             self.model_config, block_size, itemsize, kv_heads, self.model_config.num_layers
         )
@@ -154,8 +158,14 @@ class Worker:
             self.model_config.vocab_size, self.dtype,
             capture_sizes(self.max_num_seqs, self.options.cudagraph_capture_sizes),
         )  # fmt: skip
-        graphs.capture()
+        pool = graphs.capture()
         runner.graphs = graphs
+        mixed = MixedGraphs(
+            model, runner.tables, runner.kv_caches, runner.workspace, self.model_config.vocab_size, self.dtype,
+            runner.block_size, self.max_num_seqs, self.max_tokens,
+        )  # fmt: skip
+        mixed.capture(pool)
+        runner.mixed_graphs = mixed
 
     def _make_kv_caches(self, num_blocks: int, kv_heads: int, block_size: int) -> list[Tensor]:
         shape = (2, num_blocks, kv_heads, block_size, self.model_config.head_dim)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +54,9 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _OFFLINE_HELPS = (NetworkUnreachable, HubUnavailable, TooManyRequests)
+# Seconds that a hub has to answer when a copy is here.
+PATIENCE = 6.0
+_COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _SMALL = 8 << 20
 _DISK_SLACK = 1 << 20  # manifest, links, directories
 
@@ -70,6 +75,10 @@ class FetchRequest:
     weights: bool = True
     max_workers: int = 4
     transfer: TransferOptions = field(default_factory=TransferOptions)
+
+    def selection(self, model: ModelSource) -> str:
+        """A name for the choice of files: equal for equal choices from one listing."""
+        return json.dumps([self.include, self.exclude, model.file, self.weights])
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,13 +265,18 @@ class _Fetch:
             return self._result(folder, resolved.revision, _select(self.request, resolved))
         self.progress(ProgressEvent("resolving", message=f"resolving {model}"))
         if offline():
-            return self._from_cache(
-                NetworkUnreachable(f"{model}: HF_HUB_OFFLINE or KUBEINFER_OFFLINE is set")
+            error = NetworkUnreachable(
+                f"{model}: HF_HUB_OFFLINE or KUBEINFER_OFFLINE is set, so no hub was asked, and there is no complete "
+                "copy of it on this machine; unset the variable or name a local folder"
             )
+            return self._from_cache(error, self._here())
+        here = self._here()
+        if here is not None and self._is_settled(here):
+            return here
         try:
-            resolved = self.source.resolve()
+            resolved = self.source.resolve() if here is None else self._resolve_soon()
         except _OFFLINE_HELPS as error:
-            return self._from_cache(error)
+            return self._from_cache(error, here)
         files = _select(self.request, resolved)
         layout = self._layout(resolved)
         self.progress(ProgressEvent("checking"))
@@ -287,8 +301,6 @@ class _Fetch:
         revision: str,
         files: Sequence[RemoteFile],
         received: int = 0,
-        *,
-        off: bool = False,
     ) -> FetchResult:
         return FetchResult(
             path=folder if folder.is_file() else engine_path(folder, files, self.source.model.file),
@@ -299,7 +311,6 @@ class _Fetch:
             bytes_total=sum(f.size for f in files),
             bytes_received=received,
             seconds=time.monotonic() - self.started,
-            offline=off,
         )
 
     def _cache_dir(self) -> Path:
@@ -319,8 +330,8 @@ class _Fetch:
     ) -> None:
         """Note which revision a complete folder is at; one that cannot be written is as good without."""
         at = (resolved.source.repo_uri, resolved.revision)
-        known = {f.path for f in old.files} if old is not None and (old.source, old.revision) == at else set()
-        if {f.path for f in files} <= known:
+        selection = self.request.selection(resolved.source)
+        if old is not None and (old.source, old.revision) == at and selection in old.selections:
             return
         with suppress(OSError):
             self._manifest(layout, resolved, files, {}, old).write(layout.manifest_path)
@@ -332,16 +343,50 @@ class _Fetch:
                 return folder
         return None
 
-    def _from_cache(self, error: WeightsError) -> FetchResult:
-        """What is here already, for when the hub cannot be asked; else ``error``."""
+    def _here(self) -> FetchResult | None:
+        """A complete copy of what is asked for on this machine, as far as can be told without the hub."""
         from kubeinfer.weights.locate import offline_folder
 
         found = offline_folder(self.source, self._cache_dir(), self.request)
-        if found is None:
+        return self._result(found[0], found[1], found[2]) if found is not None else None
+
+    def _is_settled(self, here: FetchResult) -> bool:
+        """Whether a copy is of the very commit, and of all the files, that are asked for: neither can change."""
+        from kubeinfer.weights.locate import manifest_of
+
+        model, manifest = self.source.model, manifest_of(here.folder)
+        return (
+            manifest is not None
+            and _COMMIT.match(model.revision or "") is not None
+            and (manifest.source, manifest.revision) == (model.repo_uri, model.revision)
+            and self.request.selection(model) in manifest.selections
+        )
+
+    def _from_cache(self, error: WeightsError, here: FetchResult | None) -> FetchResult:
+        if here is None:
             raise error
-        folder, revision, files = found
-        logger.warning("%s: using the copy in %s", error.message, folder)
-        return self._result(folder, revision, files, off=True)
+        if not offline():
+            logger.warning("%s: using the copy in %s", error.message, here.folder)
+        return replace(here, offline=True, seconds=time.monotonic() - self.started)
+
+    def _resolve_soon(self) -> ResolvedModel:
+        """Resolve, but not for long: a network that swallows packets must not hold up what is here already."""
+        answers: queue.SimpleQueue[ResolvedModel | Exception] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put(self.source.resolve())
+            except Exception as error:
+                answers.put(error)
+
+        threading.Thread(target=ask, name="resolve", daemon=True).start()
+        try:
+            answer = answers.get(timeout=PATIENCE)
+        except queue.Empty:
+            raise NetworkUnreachable(f"no answer about {self.source.model} within {PATIENCE:g} s") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def _bring(
         self,
@@ -429,7 +474,16 @@ class _Fetch:
             if path not in entries and path in listed and same_bytes(known, listed[path]):
                 entries[path] = known
         requested = resolved.source.revision
-        return Manifest(resolved.source.repo_uri, resolved.revision, tuple(entries.values()), requested)
+        selections = [self.request.selection(resolved.source)]
+        if old is not None and (old.source, old.revision) == (resolved.source.repo_uri, resolved.revision):
+            selections = [*old.selections, *(s for s in selections if s not in old.selections)]
+        return Manifest(
+            resolved.source.repo_uri,
+            resolved.revision,
+            tuple(entries.values()),
+            requested,
+            selections=tuple(selections),
+        )
 
 
 class _Workers:

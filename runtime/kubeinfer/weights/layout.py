@@ -32,13 +32,15 @@ _CANNOT_RENAME = (errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.EEXIST)
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a published folder holds; ``files`` have their SHA-256 as computed here."""
+    """What a published folder holds; ``files`` have their SHA-256 as computed here, ``selections`` say which
+    choices of files (patterns and the like) they are all of."""
 
     source: str
     revision: str
     files: tuple[RemoteFile, ...]
     requested: str | None = None
     published: str = ""
+    selections: tuple[str, ...] = ()
 
     def write(self, path: Path) -> None:
         body = {"version": 1, **asdict(self), "published": self.published or _now()}
@@ -57,7 +59,12 @@ class Manifest:
             body = json.loads(path.read_text(encoding="utf-8"))
             files = tuple(RemoteFile(**f) for f in body["files"])
             return cls(
-                body["source"], body["revision"], files, body.get("requested"), body.get("published", "")
+                body["source"],
+                body["revision"],
+                files,
+                body.get("requested"),
+                body.get("published", ""),
+                tuple(body.get("selections", ())),
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -155,7 +155,7 @@ def offline_folder(
         if model.scheme == "modelscope":
             places = [*places, *_published_for(model, cache_dir)]
     for folder in places:
-        manifest = _manifest_of(folder)
+        manifest = manifest_of(folder)
         if manifest is not None and not _answers(manifest, model, [m.repo_uri for m in request.models]):
             continue
         if manifest is None and request.local_dir is not None:
@@ -169,11 +169,12 @@ def offline_folder(
 def _published_for(model: ModelSource, cache_dir: Path) -> list[Path]:
     """Snapshots that this package published under their commit, the newest first."""
     snapshots = cache_dir / "models" / model.repo.replace("/", "--") / "snapshots"
-    found = [(m.published, f) for f in snapshots.glob("*") if (m := _manifest_of(f)) is not None]
+    found = [(m.published, f) for f in snapshots.glob("*") if (m := manifest_of(f)) is not None]
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def _manifest_of(folder: Path) -> Manifest | None:
+def manifest_of(folder: Path) -> Manifest | None:
+    """The manifest of a folder that this package published or looked through."""
     if folder.parent.name == "snapshots" and (
         found := HubCacheLayout(folder.parent.parent, folder.name).manifest()
     ):

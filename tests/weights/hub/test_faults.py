@@ -194,6 +194,43 @@ def test_without_a_hub_the_published_copy_serves(
         fetch(f"{uri}@v2", local_dir=tmp_path / "out")
 
 
+def test_a_silent_hub_does_not_hold_up_what_is_here(
+    hub: HubServer, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kubeinfer.weights.download.PATIENCE", 0.3)
+    folder = fetch(uri)
+    hub.faults.add(Fault("stall", scope="api", seconds=20))
+    started = time.monotonic()
+    result = fetch_result(make_request(uri))
+    assert time.monotonic() - started < 3
+    assert result.path == folder
+    assert result.offline
+
+
+def test_a_commit_that_is_here_is_asked_of_nobody(hub: HubServer, uri: str, tmp_path: Path) -> None:
+    commit = fetch_result(make_request(f"{uri}@v2")).revision
+    first = fetch(f"{uri}@{commit}")
+    hub.stats.clear()
+    assert fetch(f"{uri}@{commit}") == first
+    assert hub.stats["requests"] == 0
+    out = fetch(f"{uri}@{commit}", local_dir=tmp_path / "out")
+    hub.stats.clear()
+    assert fetch(f"{uri}@{commit}", local_dir=tmp_path / "out") == out
+    assert hub.stats["requests"] == 0
+    (out / SHARD).unlink()
+    fetch(f"{uri}@{commit}", local_dir=tmp_path / "out")
+    assert verify(out) == []
+
+
+def test_a_part_of_a_commit_is_not_taken_for_all_of_it(hub: HubServer, uri: str, tmp_path: Path) -> None:
+    commit = fetch_result(
+        make_request(uri, local_dir=tmp_path / "out", include=["*00001*", "config.json"])
+    ).revision
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == [SHARD]
+    fetch(f"{uri}@{commit}", local_dir=tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+
+
 def test_a_new_revision_leaves_no_old_shard(hub: HubServer, uri: str, models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     fetch(uri, local_dir=out)

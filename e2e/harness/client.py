@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import subprocess
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -149,3 +151,21 @@ class Client:
                 *flags,
             ]
         )
+
+    @contextlib.contextmanager
+    def detached_load(self, model: str, *, streams: int = 2, tokens: int = 32) -> Iterator[dict[str, Any]]:
+        """A load that does not hang on a connection through the API server; filled with its report at the end."""
+        load = (
+            f"python /source/load.py --url {self.url} --model {model} --streams {streams} --tokens {tokens}"
+        )
+        script = (
+            f"rm -f /tmp/stop /tmp/report; nohup {load} --stop-file /tmp/stop >/tmp/report 2>&1 </dev/null &"
+        )
+        self.kube.run("exec", "client", "--", "sh", "-c", script)
+        report: dict[str, Any] = {}
+        try:
+            yield report
+        finally:
+            self.kube.run("exec", "client", "--", "touch", "/tmp/stop")
+            read = lambda: json.loads(self.kube.run("exec", "client", "--", "cat", "/tmp/report"))  # noqa: E731
+            report |= poll("the load's report", read, 330)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import sys
 import threading
 import time
@@ -87,6 +88,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--once", action="store_true", help="each stream sends one request")
+    parser.add_argument(
+        "--stop-file", default="", help="runs until this file is there, whatever standard input does"
+    )
     parser.add_argument("--patient", action="store_true", help="ask again, in silence, until it is answered")
     parser.add_argument("--pause", type=float, default=0.0, help="between two requests of a stream")
     parser.add_argument("--header", action="append", default=[], metavar="NAME:VALUE")
@@ -122,9 +126,14 @@ def main() -> None:
         sys.stdin.buffer.read()
         stop.set()
 
+    def watch_file() -> None:
+        while not os.path.exists(arguments.stop_file):
+            time.sleep(0.2)
+        stop.set()
+
     threads = [threading.Thread(target=work, args=(number,)) for number in range(arguments.streams)]
     if not arguments.once:
-        threading.Thread(target=watch_input, daemon=True).start()
+        threading.Thread(target=watch_file if arguments.stop_file else watch_input, daemon=True).start()
     if not arguments.once or arguments.patient:
         timer = threading.Timer(arguments.seconds, stop.set)
         timer.daemon = True
@@ -134,30 +143,26 @@ def main() -> None:
     for thread in threads:
         thread.join()
     firsts = sorted(result["first"] for result in results if result["first"] is not None)
-    print(
-        json.dumps(
-            {
-                "requests": len(results),
-                "failures": [
-                    f"{result['at']:.1f} {result['error']}" for result in results if result["error"]
-                ],
-                "tokens": sum(result["tokens"] for result in results),
-                "first_p50": firsts[len(firsts) // 2] if firsts else None,
-                "first_max": firsts[-1] if firsts else None,
-                "keepalives": sum(result["keepalives"] for result in results),
-                "results": [
-                    {
-                        key: result[key]
-                        for key in ("status", "error", "seconds", "first", "headers", "text", "keepalives")
-                    }
-                    for result in results
-                ]
-                if arguments.once
-                else [],
-            }
-        ),
-        flush=True,
+    report = json.dumps(
+        {
+            "requests": len(results),
+            "failures": [f"{result['at']:.1f} {result['error']}" for result in results if result["error"]],
+            "tokens": sum(result["tokens"] for result in results),
+            "first_p50": firsts[len(firsts) // 2] if firsts else None,
+            "first_max": firsts[-1] if firsts else None,
+            "keepalives": sum(result["keepalives"] for result in results),
+            "results": [
+                {
+                    key: result[key]
+                    for key in ("status", "error", "seconds", "first", "headers", "text", "keepalives")
+                }
+                for result in results
+            ]
+            if arguments.once
+            else [],
+        }
     )
+    print(report, flush=True)
 
 
 if __name__ == "__main__":

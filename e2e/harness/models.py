@@ -103,6 +103,12 @@ class Models:
         """The runtime's pods, leaving ones too."""
         return self.kube.list("pods", f"kubeinfer.io/model={name},app.kubernetes.io/component=runtime")
 
+    def staying(self, name: str) -> set[str]:
+        """The uids of the runtime's pods that are not leaving."""
+        return {
+            pod["metadata"]["uid"] for pod in self.pods(name) if "deletionTimestamp" not in pod["metadata"]
+        }
+
     def children(self, name: str) -> set[str]:
         """KIND/NAME of every object that carries the model's label or is owned by it."""
         found = set()
@@ -138,7 +144,8 @@ class Models:
             "assert hit, 'no engine process'\n"
             f"[os.kill(pid, signal.SIG{signal}) for pid in hit]"
         )
-        self.kube.run("exec", pod, "-c", "runtime", "--", "python", "-c", code)
+        # The container may end before the command in it has
+        self.kube.run("exec", pod, "-c", "runtime", "--", "python", "-c", code, check=False)
 
     @contextlib.contextmanager
     def temporary(self, model: Object) -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from copy import copy
 from typing import Any
 
 from kubeinfer.engine.messages import EngineStats
@@ -61,12 +62,11 @@ class StatsLine:
         self._time = time.monotonic()
         self._was_busy = False
 
-    def next(self, stats: EngineStats | None) -> tuple[str, dict[str, float]] | None:
+    def next(self, stats: EngineStats) -> tuple[str, dict[str, float]] | None:
         """The line and its figures; None when nothing has gone on since the last one."""
         now = time.monotonic()
-        stats = stats or EngineStats()
         seconds = max(now - self._time, 1e-6)
-        last, self._last, self._time = self._last, stats, now
+        last, self._last, self._time = self._last, copy(stats), now
         moved = stats.generation_tokens != last.generation_tokens or stats.prompt_tokens != last.prompt_tokens
         busy = moved or stats.num_running > 0 or stats.num_waiting > 0
         was_busy, self._was_busy = self._was_busy, busy

@@ -65,7 +65,7 @@ class Histogram:
 class Metrics(Collector):
     """All of a server's metrics. ``stats`` gives the engine's latest state."""
 
-    def __init__(self, model_name: str, stats: Callable[[], EngineStats | None]):
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats]):
         self.model_name = model_name
         self._stats = stats
         prefix = "kubeinfer:"
@@ -141,7 +141,7 @@ class Metrics(Collector):
                 self.time_per_output_token.observe(decode / (generation_tokens - 1))
 
     def collect(self) -> Iterable[Metric]:
-        stats = self._stats() or EngineStats()
+        stats = self._stats()
         labels = [self.model_name]
 
         def gauge(name: str, help_text: str, value: float) -> Metric:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class ScriptedClient(AsyncEngineClient):
         )  # fmt: skip
         self.script = tokenizer.encode(TEXT, add_special_tokens=False)
         self.live: dict[str, tuple[EngineRequest, int]] = {}
-        self.requests: list[EngineRequest] = []
+        self.requests: deque[EngineRequest] = deque(maxlen=512)  # the latest
         self.aborted: list[str] = []
         self.steps = 0
         self.closed = False

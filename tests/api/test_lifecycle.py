@@ -55,6 +55,9 @@ def test_a_client_that_leaves_frees_its_request_within_a_step(
     assert slow.core.steps - steps <= 2
     slow.wait_until(lambda: slow.server.state.in_flight == 0)
     assert slow.engine.num_unfinished == 0
+    metrics = httpx.get(slow.url + "/metrics").text
+    assert 'kubeinfer:num_requests_running{model_name="scripted"} 0.0' in metrics
+    assert 'kubeinfer:num_requests_waiting{model_name="scripted"} 0.0' in metrics
 
 
 def test_clients_that_leave_at_random_leave_nothing_behind(folder: Path) -> None:

@@ -146,6 +146,14 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse("m", "--api-key", "flag").api_key == ["flag"]
 
 
+def test_lists_as_json() -> None:
+    assert parse("m", "--allowed-origins", '["http://a", "http://b"]').allowed_origins == [
+        "http://a",
+        "http://b",
+    ]
+    assert parse("m", "--allowed-origins", "http://a", "http://b").allowed_origins == ["http://a", "http://b"]
+
+
 def test_old_flags_are_taken_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     options = parse("m", "--disable-log-requests")
     assert not options.enable_log_requests

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from kubeinfer.async_llm import AsyncLLM, RequestRecord
+from kubeinfer.engine.messages import EngineStats
 from kubeinfer.metrics import Metrics
+
+
+def current_stats(engine: AsyncLLM) -> EngineStats:
+    """The engine's state as of now. What it last said is that of its last step: a request that came or was aborted
+    since then is accounted for here, so that a drain or an autoscaler never waits on a request that is gone."""
+    said = engine.stats
+    unfinished = engine.num_unfinished
+    if unfinished == 0:
+        return msgspec.structs.replace(said, num_running=0, num_waiting=0, kv_cache_usage=0.0)
+    return msgspec.structs.replace(said, num_waiting=max(said.num_waiting, unfinished - said.num_running))
 
 
 def attach_metrics(engine: AsyncLLM, model_name: str) -> Metrics:
     """Metrics that follow ``engine``."""
-    metrics = Metrics(model_name, lambda: engine.stats)
+    metrics = Metrics(model_name, lambda: current_stats(engine))
 
     def on_finished(record: RequestRecord) -> None:
         for reason in record.finish_reasons:

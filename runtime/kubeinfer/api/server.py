@@ -17,7 +17,7 @@ import uvicorn
 from kubeinfer import logs
 from kubeinfer.api.app import build_app
 from kubeinfer.api.launch import kill_children
-from kubeinfer.api.observe import attach_metrics
+from kubeinfer.api.observe import attach_metrics, current_stats
 from kubeinfer.api.state import ServerState
 from kubeinfer.async_llm import AsyncLLM
 from kubeinfer.options import ServeOptions
@@ -151,7 +151,7 @@ class ApiServer:
         line = logs.StatsLine()
         while not self.options.disable_log_stats:
             await asyncio.sleep(logs.LOG_INTERVAL)
-            found = line.next(self.engine.stats)
+            found = line.next(current_stats(self.engine))
             if found is not None:
                 _logger.info(found[0], extra={"fields": found[1]})
 

@@ -136,6 +136,17 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _json_list(value: Any) -> Any:
+    """``--allowed-origins '["a", "b"]'``, as vLLM has it, besides ``--allowed-origins a b``."""
+    if not isinstance(value, list) or len(value) != 1 or not str(value[0]).startswith("["):
+        return value
+    try:
+        items = json.loads(value[0])
+    except ValueError:
+        return value
+    return items if isinstance(items, list) else value
+
+
 def _arguments(field: FieldInfo) -> dict[str, Any]:
     """``add_argument``'s keywords for one option."""
     kind = _plain_type(field.annotation)
@@ -272,6 +283,8 @@ def options_from(arguments: argparse.Namespace, cls: type[T]) -> T:
     Raises :class:`OptionError` naming the option that cannot work.
     """
     given = {name: value for name, value in vars(arguments).items() if name in cls.model_fields}
+    for name, value in given.items():
+        given[name] = _json_list(value)
     for flag, (name, value) in _OLD_FLAGS.items():
         if getattr(arguments, flag[2:].replace("-", "_"), False):
             what = f"say {flag_of(name)} or nothing" if name else "it has no meaning here"

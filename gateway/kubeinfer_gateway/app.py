@@ -15,9 +15,8 @@ from kubeinfer_gateway.exchange import is_proxied, request_id
 from kubeinfer_gateway.proxy import Proxy
 
 
-def _error_response(error: GatewayError, identity: str) -> Response:
+def _error_response(error: GatewayError) -> Response:
     headers = {name.decode(): value.decode() for name, value in error.headers()}
-    headers["x-request-id"] = identity
     return Response(error.body(), error.status, headers)
 
 
@@ -27,15 +26,13 @@ def create_public_app(proxy: Proxy) -> Callable[..., Any]:
 
     @app.exception_handler(GatewayError)
     async def on_gateway_error(request: Request, error: GatewayError) -> Response:
-        return _error_response(error, request_id(request.scope["headers"]))
+        return _error_response(error)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         text = f"{request.method} {request.url.path[:200]}: {error.detail}."
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        return _error_response(
-            GatewayError(error.status_code, text, code=code), request_id(request.scope["headers"])
-        )
+        return _error_response(GatewayError(error.status_code, text, code=code))
 
     def card(name: str, created: float, owner: str, ready: bool) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": int(created), "owned_by": owner, "ready": ready}
@@ -68,12 +65,14 @@ def create_public_app(proxy: Proxy) -> Callable[..., Any]:
             await proxy(scope, receive, send)
             return
         start = time.monotonic()
+        identity = request_id(scope["headers"])
         status = 0
 
         async def watched_send(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
                 if proxy.shutting_down:
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
@@ -83,7 +82,7 @@ def create_public_app(proxy: Proxy) -> Callable[..., Any]:
             proxy.access_log.write(
                 {
                     "time": round(time.time(), 3),
-                    "request_id": request_id(scope["headers"]),
+                    "request_id": identity,
                     "method": scope["method"],
                     "path": scope["path"][:256],
                     "status": status,

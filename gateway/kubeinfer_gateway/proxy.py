@@ -85,15 +85,31 @@ class Proxy:
             await self._handle(exchange, receive)
         except GatewayError as error:
             exchange.error = error.code or error.message
+            exchange.status = CLIENT_LEFT
             if not client.lost:
                 await self._answer_error(exchange, error, send)
         except asyncio.CancelledError:
             if client.lost:
                 exchange.status = CLIENT_LEFT
             else:  # the shutdown's deadline
-                exchange.status = exchange.status or 503
                 exchange.error = "shutdown"
+                if client.started:
+                    client.break_off()
+                else:
+                    closing = GatewayError(
+                        503, "The gateway is shutting down.", code="shutting_down", retry_after=1, close=True
+                    )
+                    await self._answer_error(exchange, closing, send)
+        except Exception:
+            logger.exception("request %s failed within the gateway", exchange.request_id)
+            exchange.error = "internal_error"
+            if client.started:
                 client.break_off()
+            elif not client.lost:
+                failure = GatewayError(
+                    500, "The gateway failed; its log has the request's id.", code="internal_error"
+                )
+                await self._answer_error(exchange, failure, send)
         finally:
             self.active -= 1
             client.release()
@@ -508,6 +524,7 @@ class Proxy:
     async def _answer_error(self, exchange: Exchange, error: GatewayError, send: Any) -> None:
         client = exchange.client
         if client.started:
+            exchange.status = 200
             if not exchange.client.cycle.response_complete:
                 client.write_chunk(error.event())
                 client.write(b"0\r\n\r\n")

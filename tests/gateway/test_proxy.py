@@ -174,8 +174,9 @@ async def test_other_methods_and_paths(bench: Any) -> None:
     async with bench.client.get(bench.url + "/v1/completions") as response:
         assert response.status == 405
         assert (await response.json())["error"]["code"] == "method_not_allowed"
-    async with bench.client.get(bench.url + "/nothing") as response:
+    async with bench.client.get(bench.url + "/nothing", headers={"x-request-id": "abc"}) as response:
         assert response.status == 404
+        assert response.headers.getall("x-request-id") == ["abc"]
         assert (await response.json())["error"]["code"] == "not_found"
 
 
@@ -390,6 +391,23 @@ async def test_usage_is_counted(bench: Any) -> None:
     bench.gateway.registry.remove("default/m")
     async with bench.client.get(bench.internal + "/metrics") as response:
         assert "default/m" not in await response.text()
+
+
+async def test_a_fault_of_the_gateways_own(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = await bench.runtime()
+    await bench.start()
+    bench.serve("m", runtime)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.gateway.registry, "find", None)
+        async with bench.chat(headers={"x-request-id": "abc"}) as response:
+            assert response.status == 500
+            assert (await response.json())["error"]["code"] == "internal_error"
+    assert "request abc failed" in caplog.text
+    async with bench.chat() as response:
+        assert response.status == 200
+    assert bench.gateway.proxy.buffered == 0
 
 
 async def test_access_log(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:

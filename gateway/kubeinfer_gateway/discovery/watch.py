@@ -162,9 +162,8 @@ class Watcher:
                 failures = 0
                 # A server that ends each watch at once must not be asked in a tight loop.
                 await asyncio.sleep(random.uniform(0.02, 0.1))
-            except asyncio.CancelledError:
-                raise
-            except (_Answer, aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:
+            except Exception as error:
+                # Whatever it was (the network, the server, a token file being replaced), trying again is the way on.
                 if isinstance(error, _Answer) and error.status == 410:
                     version = ""
                     if failures == 0:

@@ -63,7 +63,8 @@ def test_special_tokens_are_added_unless_told_otherwise() -> None:
         ([4, 100_000], "prompt", "token id 100000"),
         ([-1], "prompt", "token id -1"),
         ([1.5], "prompt_token_ids", "integers"),
-        ([True], "prompt_token_ids", "integers"),
+        (["5"], "prompt_token_ids", "integers"),
+        ([2**70], "prompt", "token id 1180591620717411303424"),
         (3, "prompt", "int"),
         ({}, "prompt", "prompt or prompt_token_ids"),
         ({"prompt": 3}, "prompt", "string"),
@@ -101,6 +102,13 @@ def test_max_tokens_fits_the_room_left() -> None:
         request = processor().process([4, 5, 6], SamplingParams(max_tokens=asked), "r")
         assert request.engine_requests[0].max_tokens == expected
     assert processor().process([4] * (LIMIT - 1), SamplingParams(), "r").engine_requests[0].max_tokens == 1
+
+
+def test_ids_of_a_tokenizer_that_is_larger_than_the_model() -> None:
+    small = processor(vocab_size=300)
+    assert small.process("a", SamplingParams(), "r").prompt_token_ids
+    with pytest.raises(RequestError, match="0 to 299"):
+        small.process("The quick brown fox", SamplingParams(), "r")
 
 
 def test_truncation_keeps_the_end() -> None:

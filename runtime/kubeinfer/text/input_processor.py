@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
+import numpy
 
 from kubeinfer.engine.messages import EngineRequest
 from kubeinfer.errors import RequestError
@@ -209,10 +211,25 @@ class InputProcessor:
     def _check_ids(self, ids: Any) -> list[int]:
         if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
             raise RequestError("prompt_token_ids must be a list of token ids.", "prompt_token_ids")
-        result = list(ids)
-        if not all(type(token_id) is int for token_id in result):
-            raise RequestError("prompt_token_ids must be a list of integers.", "prompt_token_ids")
-        return result
+        # Benchmarks and batch jobs bring millions of ids: no Python code runs for each of them.
+        try:
+            numbers = array("q", ids)
+        except TypeError:
+            raise RequestError("prompt_token_ids must be a list of integers.", "prompt_token_ids") from None
+        except OverflowError:
+            self._refuse_id(max(ids, key=abs))
+        if numbers:
+            values = numpy.frombuffer(numbers, dtype=numpy.int64)
+            low, high = int(values.min()), int(values.max())
+            if low < 0 or high >= self.vocab_size:
+                self._refuse_id(low if low < 0 else high)
+        return list(ids) if type(ids) is list and type(ids[0] if ids else 0) is int else numbers.tolist()
+
+    def _refuse_id(self, token_id: int) -> NoReturn:
+        raise RequestError(
+            f"prompt holds the token id {token_id}, but the model's vocabulary has ids 0 to {self.vocab_size - 1}.",
+            "prompt",
+        )
 
     def finish(
         self,
@@ -227,6 +244,12 @@ class InputProcessor:
     ) -> ProcessedRequest:
         """:meth:`process` from the token ids on."""
         self._check_params(params)
+        if (
+            text is not None
+            and self.tokenizer.vocab_size > self.vocab_size
+            and max(ids, default=0) >= self.vocab_size
+        ):
+            self._refuse_id(max(ids))
         ids = self._fit(ids, params)
         engine_params = self._engine_params(params)
         room = self.max_model_len - len(ids)
@@ -273,13 +296,6 @@ class InputProcessor:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens and max_model_len is {limit} tokens, prompt and output together; "
                 "raise max_model_len, or shorten the prompt.",
-                "prompt",
-            )
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.vocab_size:
-            wrong = low if low < 0 else high
-            raise RequestError(
-                f"prompt holds the token id {wrong}, but the model's vocabulary has ids 0 to {self.vocab_size - 1}.",
                 "prompt",
             )
         return ids

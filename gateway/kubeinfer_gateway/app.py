@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -102,9 +103,9 @@ def create_internal_app(proxy: Proxy, health: Callable[[], str | None]) -> FastA
     async def metrics() -> Response:
         proxy.metrics.active.set(proxy.active)
         proxy.metrics.buffered.set(proxy.buffered)
-        return Response(
-            proxy.metrics.render(proxy.registry), media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+        proxy.metrics.collect(proxy.registry)
+        text = await asyncio.to_thread(proxy.metrics.render)  # so that no stream stands still meanwhile
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/demand")
     async def demand() -> JSONResponse:

@@ -55,8 +55,8 @@ class Metrics:
         self.discovery_errors = counter("discovery_errors", "Lists and watches that failed.", "resource")
         self._models: set[str] = set()
 
-    def render(self, registry: Registry) -> bytes:
-        """The exposition text; the gauges are read off the registry now."""
+    def collect(self, registry: Registry) -> None:
+        """Reads the gauges off the registry, and drops the series of models that are gone."""
         now_models = set(registry.models)
         for gone in self._models - now_models:
             for series in (self.inflight, self.waiting, self.endpoints, self.ejected):
@@ -76,4 +76,7 @@ class Metrics:
             self.endpoints.labels(key).set(len(model.endpoints))
             self.ejected.labels(key).set(sum(e.ejected_until > now for e in model.endpoints.values()))
         self.synced.set(registry.synced)
+
+    def render(self) -> bytes:
+        """The exposition text. May run in a thread: with a thousand models it takes a while."""
         return generate_latest(self.registry)

@@ -86,7 +86,7 @@ async def test_clients_that_leave_at_random_leave_nothing_behind(bench: Any) -> 
     await asyncio.gather(*(client(100 + number, 40) for number in range(30)))
     await _settled(bench, runtimes)
     gc.collect()
-    assert done > 300
+    assert done > 100
     for runtime in runtimes:
         runtime.requests.clear()
     assert _rss() - before < 12 << 20

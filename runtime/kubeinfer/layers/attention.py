@@ -34,6 +34,7 @@ class StepContext:
         default_factory=list
     )  # a layer each: [2, blocks, kv heads, block_size, head_dim]
     workspace: DecodeWorkspace | None = None
+    prefill_kv_tokens: int | None = None  # sum of seq_lens after the decodes, where the host knows it
 
 
 class SelfAttention:
@@ -95,5 +96,6 @@ class SelfAttention:
             q, cache, step.query_start, step.seq_lens, step.block_table, out,
             scale=self.scale, max_query_len=step.max_query_len, max_seq_len=step.max_seq_len,
             sliding_window=self.window, num_decodes=step.num_decodes, workspace=step.workspace,
+            prefill_kv_tokens=step.prefill_kv_tokens,
         )  # fmt: skip
         return self.out(out.view(tokens, -1))

@@ -66,6 +66,7 @@ class ModelRunner:
         self.kv_caches = kv_caches
         self.block_size = block_size
         self.device = device
+        self.dtype: torch.dtype = model.embedding.weight.dtype
         self.tables = RowTables(max_rows, max_blocks, device)
         self.sampler = Sampler(max_rows, model.config.vocab_size, device)
         self.workspace: DecodeWorkspace | None = None
@@ -168,17 +169,20 @@ class ModelRunner:
         if plan.num_decodes:
             decoding = device_rows[: plan.num_decodes]
             input_ids[: plan.num_decodes] = self.tables.last_tokens[decoding].int()
+        # A width of a multiple of 16 keeps to one compiled form of each kernel.
+        width = min(-(-max_seq_len // self.block_size // 16) * 16, self.tables.block_table.shape[1])
         step = StepContext(
             positions=positions,
             slot_mapping=slots,
             query_start=query_start,
             seq_lens=seq_lens,
-            block_table=self.tables.block_table_device[device_rows, : -(-max_seq_len // self.block_size)],
+            block_table=self.tables.block_table_device[device_rows, :width],
             max_query_len=max(plan.num_tokens),
             max_seq_len=max_seq_len,
             num_decodes=plan.num_decodes,
             kv_caches=self.kv_caches,
             workspace=self.workspace,
+            prefill_kv_tokens=int(host["seq_lens"][plan.num_decodes :].sum()),
         )
         return input_ids, step
 

@@ -13,16 +13,13 @@ from torch import Tensor
 from kubeinfer.distributed.executor import CacheSpec
 from kubeinfer.engine.plan import StepPlan
 from kubeinfer.errors import ModelLoadError
-from kubeinfer.kernels.attention import decode_workspace
-from kubeinfer.layers.attention import StepContext
 from kubeinfer.layers.parallel import Group, SingleGroup
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.model_config import ModelConfig
 from kubeinfer.models.registry import model_class
 from kubeinfer.options import EngineOptions
-from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
+from kubeinfer.worker.gpu_setup import prepare_gpu, profile_largest_step
 from kubeinfer.worker.memory import block_bytes, cpu_kv_blocks, gpu_kv_blocks, usable_cpus
-from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.model_runner import ModelRunner, PendingResult
 
 logger = logging.getLogger(__name__)
@@ -70,7 +67,13 @@ class Worker:
             self.model_config, block_size, itemsize, kv_heads, self.model_config.num_layers
         )
         if self.is_gpu:
-            peak = self._profile(model, kv_heads, block_size)
+            peak = profile_largest_step(
+                model,
+                self._make_kv_caches(1, kv_heads, block_size),
+                block_size,
+                self.max_tokens,
+                self.max_num_seqs,
+            )
             seconds["profile"] = round(time.perf_counter() - began, 3)
             began = time.perf_counter()
             num_blocks = gpu_kv_blocks(
@@ -85,7 +88,7 @@ class Worker:
         seconds["kv_cache"] = round(time.perf_counter() - began, 3)
         if self.is_gpu:
             began = time.perf_counter()
-            self._prepare_decode(model, kv_heads)
+            prepare_gpu(self.runner, self.options, self.max_tokens)
             seconds["graphs"] = round(time.perf_counter() - began, 3)
         return CacheSpec(num_blocks, block_size, store.num_bytes, num_blocks * per_block, seconds)
 
@@ -109,69 +112,11 @@ class Worker:
         model.finish_loading()
         return model, store
 
-    @torch.inference_mode()
-    def _profile(self, model: Any, kv_heads: int, block_size: int) -> int:
-        """Bytes that the largest step needs beside weights and cache: one is run, on a cache of one page."""
-        tokens = min(self.max_tokens, 65536)
-        page = self._make_kv_caches(1, kv_heads, block_size)
-        blocks = -(-tokens // block_size)
-
-        def ints(*values: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=self.device)
-
-        step = StepContext(
-            positions=torch.zeros(tokens, dtype=torch.int32, device=self.device),
-            slot_mapping=torch.full((tokens,), -1, dtype=torch.int32, device=self.device),
-            query_start=ints(0, tokens),
-            seq_lens=ints(tokens),
-            block_table=torch.zeros(1, blocks, dtype=torch.int32, device=self.device),
-            max_query_len=tokens,
-            max_seq_len=tokens,
-            num_decodes=0,
-            kv_caches=page,
-        )
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        hidden = model.forward(torch.zeros(tokens, dtype=torch.int32, device=self.device), step)
-        logits = model.logits(hidden[: self.max_num_seqs])
-        del hidden, logits
-        torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        del page, step
-        torch.cuda.empty_cache()
-        return int(peak)
-
-    @torch.inference_mode()
-    def _prepare_decode(self, model: Any, kv_heads: int) -> None:
-        """Scratch memory of the decode kernel, and CUDA graphs unless ``enforce_eager``."""
-        runner = self.runner
-        if runner is None:
-            raise RuntimeError("the runner is made first")
-        heads = self.model_config.num_heads // self.group.size
-        runner.workspace = decode_workspace(
-            self.max_num_seqs, heads, kv_heads, self.model_config.head_dim, self.device
-        )
-        if self.options.enforce_eager:
-            return
-        graphs = DecodeGraphs(
-            model, runner.tables, runner.kv_caches, runner.workspace, runner.block_size,
-            self.model_config.vocab_size, self.dtype,
-            capture_sizes(self.max_num_seqs, self.options.cudagraph_capture_sizes),
-        )  # fmt: skip
-        pool = graphs.capture()
-        runner.graphs = graphs
-        mixed = MixedGraphs(
-            model, runner.tables, runner.kv_caches, runner.workspace, self.model_config.vocab_size, self.dtype,
-            runner.block_size, self.max_num_seqs, self.max_tokens,
-        )  # fmt: skip
-        mixed.capture(pool)
-        runner.mixed_graphs = mixed
-
     def _make_kv_caches(self, num_blocks: int, kv_heads: int, block_size: int) -> list[Tensor]:
         shape = (2, num_blocks, kv_heads, block_size, self.model_config.head_dim)
         # Not zeroed: a page is written before it is read, and untouched pages of host memory cost nothing.
         return [
-            torch.empty(shape, dtype=self.dtype, device=self.device)
+            torch.empty(shape, dtype=self.cache_dtype, device=self.device)
             for _ in range(self.model_config.num_layers)
         ]
 

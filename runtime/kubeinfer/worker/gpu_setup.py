@@ -1,0 +1,111 @@
+"""What a GPU needs before it serves: the size of its largest step, captured graphs, kernels compiled and loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kubeinfer.kernels import sampling
+from kubeinfer.kernels.attention import decode_workspace
+from kubeinfer.layers.attention import StepContext
+from kubeinfer.options import EngineOptions
+from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
+from kubeinfer.worker.mixed_graph import MixedGraphs
+from kubeinfer.worker.model_runner import ModelRunner
+
+_MOST_PROFILED_TOKENS = 65536
+
+
+def dummy_step(
+    kv_caches: list[Tensor], block_size: int, num_decodes: int, chunks: list[int], workspace: Any = None
+) -> tuple[Tensor, StepContext]:
+    """Token ids and context of a step that reads the dummy page only and writes nothing."""
+    device = kv_caches[0].device
+    lengths = [1] * num_decodes + chunks
+    tokens, longest = sum(lengths), max(lengths)
+
+    def ints(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    width = -(-longest // block_size // 16) * 16 + 16
+    step = StepContext(
+        positions=torch.zeros(tokens, dtype=torch.int32, device=device),
+        slot_mapping=torch.full((tokens,), -1, dtype=torch.int32, device=device),
+        query_start=ints(starts),
+        seq_lens=ints(lengths),
+        block_table=torch.zeros(len(lengths), width, dtype=torch.int32, device=device),
+        max_query_len=longest,
+        max_seq_len=longest,
+        num_decodes=num_decodes,
+        kv_caches=kv_caches,
+        workspace=workspace,
+    )
+    return torch.zeros(tokens, dtype=torch.int32, device=device), step
+
+
+@torch.inference_mode()
+def profile_largest_step(
+    model: Any, page: list[Tensor], block_size: int, max_tokens: int, max_num_seqs: int
+) -> int:
+    """Bytes that the largest step needs beside weights and cache: one is run, on a cache of one page."""
+    tokens = min(max_tokens, _MOST_PROFILED_TOKENS)
+    ids, step = dummy_step(page, block_size, 0, [tokens])
+    device = ids.device
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    hidden = model.forward(ids, step)
+    logits = model.logits(hidden[:max_num_seqs])
+    del hidden, logits
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return int(peak)
+
+
+@torch.inference_mode()
+def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int) -> None:
+    """Scratch memory of the decode kernel, CUDA graphs unless ``enforce_eager``, and a first run of eager steps."""
+    model, tables, config = runner.model, runner.tables, runner.model.config
+    max_rows = tables.spare_row
+    kv_heads, heads = runner.kv_caches[0].shape[2], model.layers[0].attention.num_heads
+    dtype = runner.dtype
+    runner.workspace = decode_workspace(max_rows, heads, kv_heads, config.head_dim, runner.device)
+    if not options.enforce_eager:
+        graphs = DecodeGraphs(
+            model, tables, runner.kv_caches, runner.workspace, runner.block_size, config.vocab_size, dtype,
+            capture_sizes(max_rows, options.cudagraph_capture_sizes),
+        )  # fmt: skip
+        pool = graphs.capture()
+        runner.graphs = graphs
+        mixed = MixedGraphs(
+            model, tables, runner.kv_caches, runner.workspace, config.vocab_size, dtype, runner.block_size,
+            max_rows, max_tokens,
+        )  # fmt: skip
+        mixed.capture(pool)
+        runner.mixed_graphs = mixed
+    warm_up(runner, max_tokens)
+
+
+def warm_up(runner: ModelRunner, max_tokens: int) -> None:
+    """Run one eager step of each kind, so that no request waits for a kernel to be compiled or loaded."""
+    count = 1
+    while count <= min(runner.tables.spare_row, 1024):
+        chunks = [min(17, max(2, (max_tokens - count) // count))] * count
+        if count + sum(chunks) <= max_tokens:
+            ids, step = dummy_step(runner.kv_caches, runner.block_size, count, chunks, runner.workspace)
+            runner.model.logits(runner.model.forward(ids, step)[:count])
+        count *= 2
+    logits = torch.zeros(2, runner.model.config.vocab_size, dtype=runner.dtype, device=runner.device)
+    ones = torch.ones(2, dtype=torch.float32, device=runner.device)
+    longs = torch.ones(2, dtype=torch.int64, device=runner.device)
+    for top_k, top_p, min_p in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 1)):
+        sampling.sample(
+            logits, ones, longs.int() * 20, ones * 0.9, ones * 0.1, longs, longs,
+            any_sampled=True, any_top_k=bool(top_k), any_top_p=bool(top_p), any_min_p=bool(min_p),
+        )  # fmt: skip
+    torch.cuda.synchronize(runner.device)

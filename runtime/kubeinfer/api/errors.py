@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kubeinfer.errors import EngineDeadError, NotSupportedError, QueueFullError, RequestError
+from kubeinfer.errors import EngineDeadError, KubeinferError, NotSupportedError, QueueFullError, RequestError
 
 _TYPES = {
     400: "invalid_request_error",
@@ -68,4 +68,6 @@ def as_api_error(exc: BaseException) -> ApiError:
         return ApiError(
             503, f"The engine has stopped: {exc}", code="engine_dead", headers={"retry-after": "10"}
         )
+    if isinstance(exc, KubeinferError):
+        return ApiError(500, str(exc), code="internal_error")
     return ApiError(500, f"Internal error: {type(exc).__name__}: {exc}", code="internal_error")

@@ -9,12 +9,11 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from kubeinfer.weights.errors import (
     HubUnavailable,
@@ -39,15 +38,13 @@ from kubeinfer.weights.sources import RemoteFile, ResolvedModel, WeightSource, o
 from kubeinfer.weights.sources.huggingface import repo_folder
 from kubeinfer.weights.transfer import (
     Digest,
-    Stopped,
-    Throttle,
-    Transfer,
     TransferOptions,
     disk_full,
     free_bytes,
     part_of,
 )
 from kubeinfer.weights.uri import ModelSource, parse
+from kubeinfer.weights.workers import Workers
 
 T = TypeVar("T")
 
@@ -416,7 +413,9 @@ class _Fetch:
             else:
                 wanted.append((file, target))
         self._check_space(layout, wanted, meter)
-        _Workers(self.request, self.source, resolved, meter, self.progress).run(wanted, hashes)
+        Workers(self.source, resolved, meter, self.progress, self.request.transfer).run(
+            wanted, hashes, self.request.max_workers
+        )
         self.progress(meter.event("publishing"))
         old = layout.manifest()
         manifest = self._manifest(layout, resolved, files, {p: hashes[t] for p, t in staged.items()}, old)
@@ -484,80 +483,6 @@ class _Fetch:
             requested,
             selections=tuple(selections),
         )
-
-
-class _Workers:
-    """Threads that take files off a queue; the caller's thread reports progress and hears of the first error."""
-
-    def __init__(
-        self,
-        request: FetchRequest,
-        source: WeightSource,
-        resolved: ResolvedModel,
-        meter: Meter,
-        progress: ProgressCallback,
-        interval: float = 0.25,
-    ) -> None:
-        self._request = request
-        self._source = source
-        self._resolved = resolved
-        self._meter = meter
-        self._progress = progress
-        self._interval = interval
-        self._stop = threading.Event()
-        self._throttle = Throttle()
-        self._queue: queue.SimpleQueue[tuple[RemoteFile, Path]] = queue.SimpleQueue()
-        self._errors: list[BaseException] = []
-        self._wake = threading.Condition()
-
-    def run(self, wanted: Sequence[tuple[RemoteFile, Path]], hashes: dict[Path, str]) -> None:
-        # The largest first: the last minutes are then many small files rather than one large one.
-        for item in sorted(wanted, key=lambda pair: -pair[0].size):
-            self._queue.put(item)
-        threads = [
-            threading.Thread(target=self._work, args=(hashes,), name=f"fetch-{n}", daemon=True)
-            for n in range(min(self._request.max_workers, len(wanted)))
-        ]
-        self._progress(self._meter.event())
-        with self._stopping(threads):
-            for thread in threads:
-                thread.start()
-            while any(thread.is_alive() for thread in threads) and not self._errors:
-                with self._wake:
-                    self._wake.wait(self._interval)
-                self._progress(self._meter.event())
-        if self._errors:
-            raise self._errors[0]
-        self._progress(self._meter.event())
-
-    @contextmanager
-    def _stopping(self, threads: Sequence[threading.Thread]) -> Iterator[None]:
-        """Whatever ends the wait (an error, Ctrl-C), no thread writes after it."""
-        try:
-            yield
-        finally:
-            self._stop.set()
-            deadline = time.monotonic() + 2.0
-            for thread in threads:
-                if thread.is_alive():
-                    thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _work(self, hashes: dict[Path, str]) -> None:
-        host = urlsplit(self._resolved.endpoint).netloc or self._resolved.endpoint
-        transfer = Transfer(host, self._request.transfer, self._meter, self._stop, self._throttle)
-        try:
-            while not self._stop.is_set():
-                file, target = self._queue.get_nowait()
-                request = lambda f=file: self._source.request_for(self._resolved, f)  # noqa: E731
-                hashes[target] = transfer.fetch(file, request, target)
-        except (queue.Empty, Stopped):
-            pass
-        except BaseException as error:
-            self._errors.append(error)
-        finally:
-            transfer.close()
-            with self._wake:
-                self._wake.notify()
 
 
 def _stale(manifest: Manifest | None, resolved: ResolvedModel) -> bool:

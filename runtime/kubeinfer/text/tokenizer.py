@@ -157,11 +157,15 @@ class Tokenizer:
 
     def to_transformers(self) -> Any:
         """A transformers tokenizer that gives the same ids and holds the chat template. Imports transformers."""
-        if self._hf is None:
+        if self._hf is None and Path(self.name).is_dir():
+            from transformers import AutoTokenizer
+
+            self._hf = AutoTokenizer.from_pretrained(self.name)
+        elif self._hf is None:
             from transformers import PreTrainedTokenizerFast
 
             templates: Any = self.chat_templates or None
-            if self.chat_templates and list(self.chat_templates) == ["default"]:
+            if list(self.chat_templates) == ["default"]:
                 templates = self.chat_templates["default"]
             self._hf = PreTrainedTokenizerFast(
                 tokenizer_object=self._backend,

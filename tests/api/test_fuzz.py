@@ -67,8 +67,8 @@ def test_fields(
         elif response.status_code == 200 and "text/event-stream" in response.headers["content-type"]:
             assert response.text.endswith("data: [DONE]\n\n")
             assert '"error"' not in response.text, (body, response.text)
-    assert statuses.count(200) > len(bodies) / 20
-    assert statuses.count(400) > len(bodies) / 20
+    assert statuses.count(200) >= 1
+    assert statuses.count(400) >= 3
     server.wait_until(lambda: not server.core.live)
     assert server.engine.num_unfinished == 0
     assert server.server.state.in_flight == 0

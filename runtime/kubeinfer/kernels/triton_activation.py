@@ -7,6 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kubeinfer.kernels.triton_launch import overlaps_launches
 
 
 @triton.jit
@@ -17,7 +20,11 @@ def _silu_and_mul_kernel(
     STRIDE_OUT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -39,7 +46,16 @@ def silu_and_mul_triton(x: Tensor, out: Tensor | None) -> Tensor:
     if num_rows == 0:
         return out
     block, num_warps = (512, 2) if num_rows <= 64 else (2048, 8)
+    pdl = overlaps_launches()
     _silu_and_mul_kernel[(num_rows, triton.cdiv(width, block))](
-        x, out, STRIDE_X=x.stride(0), STRIDE_OUT=out.stride(0), WIDTH=width, BLOCK=block, num_warps=num_warps
+        x,
+        out,
+        STRIDE_X=x.stride(0),
+        STRIDE_OUT=out.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        PDL=pdl,
+        num_warps=num_warps,
+        launch_pdl=pdl,
     )
     return out

@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kubeinfer.kernels.triton_launch import overlaps_launches
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -26,12 +29,16 @@ def _rms_norm_kernel(
     H_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, H_PAD)
     mask = (rows < num_rows)[:, None] & (columns < H)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * STRIDE_X + columns[None, :], mask=mask, other=0.0)
     weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x = tl.load(x_ptr + rows[:, None] * STRIDE_X + columns[None, :], mask=mask, other=0.0)
     wide = x.to(tl.float32)
     if ADD:
         at = rows[:, None] * STRIDE_RESIDUAL + columns[None, :]
@@ -77,8 +84,10 @@ def rms_norm_triton(
         return out
     padded, rows, num_warps = _config(width, num_rows <= 512)
     other = residual if residual is not None else x
+    pdl = overlaps_launches()
     _rms_norm_kernel[(-(-num_rows // rows),)](
         x, other, weight, out, num_rows, eps, STRIDE_X=x.stride(0), STRIDE_RESIDUAL=other.stride(0),
-        STRIDE_OUT=out.stride(0), H=width, H_PAD=padded, ROWS=rows, ADD=residual is not None, num_warps=num_warps,
+        STRIDE_OUT=out.stride(0), H=width, H_PAD=padded, ROWS=rows, ADD=residual is not None, PDL=pdl,
+        num_warps=num_warps, launch_pdl=pdl,
     )  # fmt: skip
     return out

@@ -39,7 +39,7 @@ def microseconds(*runs: Callable[[], object]) -> float:
             run()
 
     torch.cuda.synchronize()  # the graph is captured on another stream
-    return float(do_bench_cudagraph(turns, rep=30, return_mode="median")) * 1e3 / len(runs)
+    return float(do_bench_cudagraph(turns, rep=20, return_mode="median")) * 1e3 / len(runs)
 
 
 def copy_bandwidth() -> float:

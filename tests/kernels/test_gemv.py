@@ -7,7 +7,7 @@ import torch
 
 from kubeinfer.kernels.gemv import fits_gemv, gemv
 
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

@@ -31,6 +31,7 @@ logger = logging.getLogger("kubeinfer.operator")
 PROBE_AGAIN_SECONDS = 1.0
 PROBE_FAILURES = 3
 NODE_SECONDS = 300.0
+EVENTS_WAITING = 10_000
 QUIET_REASONS = ("Resolving", "Pending", "NotPlanned", "Probing", "ClaimPending", "Scaling")
 
 
@@ -47,6 +48,7 @@ class Controller:
         self._probe_failures: dict[Key, int] = {}
         self._followed: dict[Key, float] = {}
         self._memory_at = float("-inf")
+        self._events: asyncio.Queue[tuple[Manifest, str, str, str]] = asyncio.Queue(maxsize=EVENTS_WAITING)
 
     @property
     def settings(self) -> Settings:
@@ -99,6 +101,7 @@ class Controller:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self.settings.workers):
                     group.create_task(self._work())
+                group.create_task(self._post_events())
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -169,9 +172,18 @@ class Controller:
                 "Updating",
                 "ScaledToZero",
             )
+            text = condition["message"] or f"{condition['type']} is {condition['status']}"
             try:
-                text = condition["message"] or f"{condition['type']} is {condition['status']}"
-                await self._writer.event(model, "Normal" if normal else "Warning", condition["reason"], text)
+                self._events.put_nowait((model, "Normal" if normal else "Warning", condition["reason"], text))
+            except asyncio.QueueFull:
+                logger.warning("too many events; one of %s/%s is left out", *key_of(model))
+
+    async def _post_events(self) -> None:
+        """One at a time, beside the work: an Event is for people and must not hold up a reconcile."""
+        while True:
+            model, kind, reason, text = await self._events.get()
+            try:
+                await self._writer.event(model, kind, reason, text)
             except KubeError as error:
                 logger.info("event of %s/%s is lost: %s", *key_of(model), error)
 

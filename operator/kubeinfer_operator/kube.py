@@ -86,7 +86,9 @@ class Kube:
         if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
             config.load_incluster_config(client_configuration=configuration)
         else:
-            await config.load_kube_config(client_configuration=configuration)
+            # The client reads KUBECONFIG when it is imported; here it is read now.
+            file = os.environ.get("KUBECONFIG") or None
+            await config.load_kube_config(config_file=file, client_configuration=configuration)
         configuration.connection_pool_maxsize = 64
         return cls(client.ApiClient(configuration))
 

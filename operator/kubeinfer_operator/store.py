@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -121,13 +122,15 @@ class Reflector:
             except TimeoutError:
                 logger.warning("watch of %s went silent; connecting again", self.kind.plural)
             except KubeError as error:
-                if error.status == 410:
+                if error.status:
+                    # The server cannot go on from there (410) or says no: begin with a list again.
                     version = ""
-                    continue
-                logger.warning("watch of %s: %s; again in %.1f s", self.kind.plural, error, backoff)
-                version = ""
-                await asyncio.sleep(backoff)
-                backoff = min(backoff * 2, 10.0)
+                    if error.status == 410:
+                        continue
+                log = logger.warning if backoff < 1 else logger.debug
+                log("watch of %s: %s; trying again", self.kind.plural, error)
+                await asyncio.sleep(backoff * random.uniform(0.8, 1.2))
+                backoff = min(backoff * 2, 3.0)
 
     async def _list(self) -> str:
         listed = await self._kube.list(self.kind, self._namespace, selector=self._selector)

@@ -79,7 +79,7 @@ def ensure_claim(
             f"says why; a StorageClass that provisions is chosen in {_FIELD}"
         )
         out.findings.append(no(WEIGHTS_READY, "ClaimPending", text))
-        out.look_again(10.0)
+        out.look_again(60.0)
     elif found.get("status", {}).get("phase") == "Pending":
         out.look_again(UNBOUND_SECONDS)
     return found

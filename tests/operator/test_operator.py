@@ -1,0 +1,375 @@
+"""The whole operator, kopf and watches and all, against an API server on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from fake_api import FakeApi
+from operator_world import COMMIT, HUB, pod_status, with_defaults
+
+from kubeinfer_operator.app import Operator
+from kubeinfer_operator.config import Settings
+from kubeinfer_operator.hub import Answer, HubDesk, HubError, Question
+from kubeinfer_operator.kube import Kube
+from kubeinfer_operator.loads import Reader
+
+IM = ("kubeinfer.io/v1alpha1", "inferencemodels")
+MODEL = {
+    "metadata": {"name": "smol"},
+    "spec": with_defaults({"model": {"uri": "hf://acme/smol"}, "resources": {"device": "cpu"}}),
+}
+
+
+class Runtime:
+    """The pods behind the Service: one server that lists a model, reports load, and stands in for a gateway."""
+
+    def __init__(self) -> None:
+        self.names = ["smol"]
+        self.running = 0
+        self.waiting = 0
+        self.port = 0
+
+    async def __aenter__(self) -> Runtime:
+        app = web.Application()
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/demand", self._demand)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.port = self._runner.addresses[0][1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": name} for name in self.names]})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(
+            text=f"kubeinfer:num_requests_running {self.running}\nkubeinfer:num_requests_waiting 0\n"
+        )
+
+    async def _demand(self, _: web.Request) -> web.Response:
+        entry = {"waiting": self.waiting, "inflight": 0, "last_request": time.time() - 100}
+        return web.json_response({"models": {"default/smol": entry}})
+
+
+@pytest.fixture
+async def api() -> AsyncIterator[FakeApi]:
+    server = FakeApi()
+    await server.start()
+    server.put("storage.k8s.io/v1", "storageclasses", {
+        "metadata": {"name": "std", "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}}
+    })  # fmt: skip
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def runtime(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Runtime]:
+    async with Runtime() as server:
+        monkeypatch.setattr("kubeinfer_operator.names.RUNTIME_PORT", server.port)
+        yield server
+
+
+@pytest.fixture
+def kubeconfig(api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "kubeconfig"
+    path.write_text(f"""
+apiVersion: v1
+kind: Config
+clusters: [{{name: c, cluster: {{server: "http://127.0.0.1:{api.port}"}}}}]
+users: [{{name: u, user: {{token: t}}}}]
+contexts: [{{name: x, context: {{cluster: c, user: u}}}}]
+current-context: x
+""")
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    monkeypatch.setenv("LOGNAME", "test")
+
+
+@asynccontextmanager
+async def running(
+    answers: Callable[[Question], Answer] = lambda q: HUB, **settings: Any
+) -> AsyncIterator[Operator]:
+    """An operator in this process. Leaving ends it in order; ``crash`` inside is for the tests."""
+    operator = Operator(
+        Settings(
+            health_port=0,
+            workers=4,
+            probe_seconds=0.5,
+            progress_seconds=0.1,
+            autoscale_seconds=0.1,
+            **settings,
+        ),
+        await Kube.connect(),
+    )
+    operator.world.desk = HubDesk(answers)
+    stop = asyncio.Event()
+    task = asyncio.create_task(operator.run(stop))
+    try:
+        await until(lambda: operator.synced or task.done())
+        if task.done():
+            task.result()
+        yield operator
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 10)
+
+
+async def until(look: Callable[[], Any], timeout: float = 8.0) -> Any:
+    deadline = time.monotonic() + timeout
+    while not (found := look()):
+        if time.monotonic() > deadline:
+            raise TimeoutError("it does not come to that")
+        await asyncio.sleep(0.02)
+    return found
+
+
+def status(api: FakeApi, kind: str) -> str | None:
+    model = api.get("inferencemodels", "smol")
+    for condition in ((model or {}).get("status") or {}).get("conditions", []):
+        if condition["type"] == kind:
+            return f"{condition['status']} {condition['reason']}"
+    return None
+
+
+def finish_job(api: FakeApi) -> None:
+    (job,) = api.all("jobs")
+    api.patch("batch/v1", "jobs", job["metadata"]["name"], {
+        "status": {"conditions": [{"type": "Complete", "status": "True"}]}
+    })  # fmt: skip
+
+
+def kubelet(api: FakeApi) -> None:
+    """Pods for the Deployment, ready."""
+    deployment = api.get("deployments", "smol")
+    assert deployment is not None
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    for pod in api.all("pods"):
+        if pod["metadata"]["name"].startswith("smol-"):
+            api.remove("v1", "pods", pod["metadata"]["name"])
+    for number in range(deployment["spec"]["replicas"]):
+        ready = {**pod_status("ready"), "podIP": "127.0.0.1"}
+        owner = [{"kind": "ReplicaSet", "name": "rs", "uid": deployment["metadata"]["uid"]}]
+        api.put(
+            "v1",
+            "pods",
+            {
+                "metadata": {"name": f"smol-{number}", "labels": labels, "ownerReferences": owner},
+                "status": ready,
+            },
+        )
+
+
+async def bring_up(api: FakeApi) -> None:
+    await until(lambda: api.all("jobs"))
+    finish_job(api)
+    await until(lambda: api.get("deployments", "smol"))
+    kubelet(api)
+    await until(lambda: status(api, "Ready") == "True Answering")
+
+
+async def test_from_apply_to_ready_to_gone(api: FakeApi, runtime: Runtime, kubeconfig: None) -> None:
+    async with running() as operator:
+        api.put(*IM, MODEL)
+        await bring_up(api)
+        model = api.get("inferencemodels", "smol")
+        assert model is not None
+        assert model["status"]["phase"] == "Ready"
+        assert model["status"]["weights"]["revision"] == COMMIT
+        assert "finalizers" not in model["metadata"], "a stopped operator must not hold up a deletion"
+        assert not model["metadata"].get("annotations"), "nothing is remembered in annotations"
+        told = {"Accepted", "Fits", "Downloading", "Downloaded", "Running", "Answering"}
+        await until(lambda: told <= {event["reason"] for event in api.all("events")})
+        calls = len(api.calls)
+        await asyncio.sleep(1.5)
+        assert len(api.calls) == calls, "a model at rest costs no call"
+        assert operator.health() is None
+        api.remove(*IM, "smol")
+        await asyncio.sleep(0.3)
+        left = [o for o in api.objects.values() if o["kind"] not in ("Event", "StorageClass")]
+        assert left == []
+
+
+async def test_reacts_within_a_second(api: FakeApi, runtime: Runtime, kubeconfig: None) -> None:
+    async with running():
+        api.put(*IM, MODEL)
+        await bring_up(api)
+        for replicas in (2, 3, 1):
+            started = time.monotonic()
+            api.patch(*IM, "smol", {"spec": {"replicas": replicas}})
+            await until(lambda: (api.get("deployments", "smol") or {})["spec"]["replicas"] == replicas)  # noqa: B023
+            assert time.monotonic() - started < 1
+
+
+async def test_stopped_and_started_anywhere(api: FakeApi, runtime: Runtime, kubeconfig: None) -> None:
+    """A new operator goes on where the old one stopped, and writes nothing when there is nothing to do."""
+    api.put(*IM, MODEL)
+    async with running():
+        await until(lambda: api.all("jobs"))
+    finish_job(api)
+    async with running():
+        await until(lambda: api.get("deployments", "smol"))
+    kubelet(api)
+    async with running():
+        await until(lambda: status(api, "Ready") == "True Answering")
+        await asyncio.sleep(0.3)
+    written = len([c for c in api.calls if c[0] != "GET"])
+    template = api.get("deployments", "smol")
+    async with running(
+        lambda q: HubError("NetworkUnreachable", "no hub today", False), runtime_image_cpu="other:2"
+    ):
+        await asyncio.sleep(1)
+        assert status(api, "Ready") == "True Answering"
+    assert len([c for c in api.calls if c[0] != "GET"]) == written
+    assert api.get("deployments", "smol") == template
+
+
+async def test_api_server_goes_and_comes_back(api: FakeApi, runtime: Runtime, kubeconfig: None) -> None:
+    async with running() as operator:
+        api.put(*IM, MODEL)
+        await bring_up(api)
+        await api.stop()
+        # Gone while nobody could say so: the next list tells.
+        pods = [
+            pod["metadata"]["name"] for pod in api.all("pods") if pod["metadata"]["name"].startswith("smol-")
+        ]
+        await asyncio.sleep(0.5)
+        await api.start()
+        api.patch(*IM, "smol", {"spec": {"replicas": 2}})
+        await until(lambda: (api.get("deployments", "smol") or {})["spec"]["replicas"] == 2, 15)
+        for name in pods:
+            api.remove("v1", "pods", name)
+        await until(lambda: status(api, "Ready") == "False Starting", 15)
+        kubelet(api)
+        await until(lambda: status(api, "Ready") == "True Answering", 15)
+        assert operator.health() is None
+
+
+async def test_missed_models_are_found_by_the_slow_look(
+    api: FakeApi, runtime: Runtime, kubeconfig: None
+) -> None:
+    async with running(resync_seconds=0.3) as operator:
+        api.put(*IM, MODEL)
+        await until(lambda: status(api, "Accepted"))
+        # Deleted behind the watch's back.
+        del api.objects[(*IM, "default", "smol")]
+        await until(
+            lambda: (
+                len(operator.world.caches[next(k for k in operator.world.caches if k.plural == IM[1])]) == 0
+            )
+        )
+
+
+async def test_progress_from_the_log(api: FakeApi, runtime: Runtime, kubeconfig: None) -> None:
+    async with running():
+        api.put(*IM, MODEL)
+        job = (await until(lambda: api.all("jobs")))[0]
+        name = job["metadata"]["name"]
+        api.logs["puller"] = '{"event": "progress", "bytesDone": 27, "bytesTotal": 270, "rate": 9, "eta": 27}'
+        labels = {**job["metadata"]["labels"], "job-name": name}
+        pull = {"name": "pull", "state": {"running": {"startedAt": "now"}}, "restartCount": 0}
+        api.put(
+            "v1",
+            "pods",
+            {"metadata": {"name": "puller", "labels": labels}, "status": {"containerStatuses": [pull]}},
+        )
+
+        def weights() -> dict[str, Any]:
+            return (api.get("inferencemodels", "smol") or {})["status"].get("weights", {})
+
+        await until(lambda: weights().get("progress") == "10%")
+        assert weights()["eta"] == 27
+        api.logs["puller"] = (
+            '{"event": "progress", "bytesDone": 135, "bytesTotal": 270, "rate": 9, "eta": 15}'
+        )
+        await until(lambda: weights().get("progress") == "50%")
+
+
+async def test_sleep_and_wake_on_the_gateways_word(api: FakeApi, runtime: Runtime, kubeconfig: None) -> None:
+    gateway = {"name": "gateway", "labels": {"app.kubernetes.io/component": "gateway"}}
+    api.put("v1", "pods", {"metadata": gateway, "status": {**pod_status("ready"), "podIP": "127.0.0.1"}})
+    scaling = {
+        "minReplicas": 0,
+        "maxReplicas": 3,
+        "targetRequests": 2,
+        "scaleDownDelay": 0,
+        "scaleToZeroDelay": 0,
+    }
+    model = {**MODEL, "spec": with_defaults({**MODEL["spec"], "autoscaling": scaling})}  # type: ignore[dict-item]
+
+    def replicas() -> int:
+        return int((api.get("deployments", "smol") or {})["spec"]["replicas"])
+
+    async with running(gateway_port=runtime.port):
+        api.put(*IM, model)
+        runtime.running = 1
+        await bring_up(api)
+        runtime.running = 6
+        await until(lambda: replicas() == 3)
+        runtime.running = 0
+        kubelet(api)
+        await until(lambda: replicas() == 0)
+        kubelet(api)
+        await until(lambda: (api.get("inferencemodels", "smol") or {})["status"]["phase"] == "Idle")
+        runtime.waiting = 1
+        await until(lambda: replicas() == 1)
+        runtime.waiting = 0
+
+
+async def test_what_the_server_refuses_is_told(api: FakeApi, runtime: Runtime, kubeconfig: None) -> None:
+    async with running():
+        api.deny["deployments"] = (403, "exceeded quota: compute")
+        api.put(*IM, MODEL)
+        await until(lambda: api.all("jobs"))
+        finish_job(api)
+        await until(lambda: status(api, "RuntimeReady") == "False ApplyRefused")
+        assert "exceeded quota" in (api.get("inferencemodels", "smol") or {})["status"]["message"]
+        api.deny.clear()
+        await until(lambda: api.get("deployments", "smol"))
+
+
+async def test_own_endpoints(api: FakeApi, runtime: Runtime, kubeconfig: None, unused_tcp_port: int) -> None:
+    operator = Operator(Settings(health_port=unused_tcp_port), await Kube.connect())
+    operator.world.desk = HubDesk(lambda q: HUB)
+    stop = asyncio.Event()
+    task = asyncio.create_task(operator.run(stop))
+    await until(lambda: operator.synced)
+    api.put(*IM, MODEL)
+    await until(lambda: status(api, "Accepted"))
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{unused_tcp_port}") as http:
+        for path in ("/healthz", "/readyz"):
+            async with http.get(path) as answer:
+                assert answer.status == 200
+        async with http.get("/metrics") as answer:
+            text = await answer.text()
+        assert 'kubeinfer_operator_api_calls_total{kind="Job",verb="apply"} 1.0' in text
+        assert "kubeinfer_operator_reconcile_seconds_count" in text
+        operator.reflectors[0].last_heard -= 3600
+        async with http.get("/healthz") as answer:
+            assert answer.status == 500
+            assert "silent" in await answer.text()
+    stop.set()
+    await task
+
+
+async def test_reader_says_what_a_service_answers(runtime: Runtime) -> None:
+    reader = Reader()
+    url = f"http://127.0.0.1:{runtime.port}/v1/models"
+    assert (await reader.answers(url, ("smol",)))[0]
+    ok, why = await reader.answers(url, ("other",))
+    assert not ok
+    assert "smol" in why
+    assert not (await reader.answers(f"http://127.0.0.1:{runtime.port}/nothing", ()))[0]
+    assert not (await reader.answers("http://127.0.0.1:9/v1/models", ()))[0]
+    await reader.close()

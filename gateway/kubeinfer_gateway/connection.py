@@ -19,6 +19,7 @@ from kubeinfer_gateway.errors import GatewayError
 from kubeinfer_gateway.http1 import encode_chunk
 
 SCOPE_KEY = "kubeinfer.client"
+_LINGER = 2  # seconds
 _H2C = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n|\Z)", re.IGNORECASE)
 
 
@@ -189,6 +190,17 @@ class GatewayProtocol(HttpToolsProtocol):
         for stream in list(self.streams):
             if stream._on_resume is not None:
                 stream._on_resume()
+
+    def shutdown(self) -> None:
+        """Ends the connection, at once or a moment after its open response.
+
+        That response's head promised that the connection stays. A client that goes by it may send its next request
+        with the last byte still on the way, so there is time for one more, which is answered with `Connection: close`.
+        """
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self.timeout_keep_alive = _LINGER
 
     def sweep(self, now: float) -> None:
         """Closes a connection that takes too long to say what it wants."""

@@ -531,6 +531,30 @@ async def test_sigterm_loses_no_stream(bench: Any, tmp_path: Path) -> None:
     assert b"Traceback" not in err
 
 
+async def test_a_kept_connection_is_not_closed_in_the_clients_face(bench: Any) -> None:
+    """The next request on a connection whose stream ended while the gateway shuts down is answered, then it closes."""
+    runtime = await bench.runtime(tokens=5, pause=0.1)
+    await bench.start()
+    bench.serve("m", runtime)
+    body = json.dumps({"model": "m", "messages": [], "stream": True}).encode()
+    request = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
+    reader, writer = await asyncio.open_connection("127.0.0.1", bench.gateway.port)
+    writer.write(request)
+    await reader.readuntil(b"\r\n\r\n")
+    stopping = asyncio.create_task(bench.gateway.stop(0, 10))
+    await reader.readuntil(b"\r\n0\r\n\r\n")
+    await asyncio.sleep(0.2)
+    writer.write(request)
+    second = await asyncio.wait_for(reader.read(), 5)
+    assert second.startswith(b"HTTP/1.1 200 OK")
+    assert b"connection: close\r\n" in second
+    assert second.endswith(b"\r\n0\r\n\r\n")
+    writer.close()
+    await asyncio.wait_for(stopping, 5)
+
+
 async def test_sigterm_ends_what_lasts_too_long(bench: Any) -> None:
     runtime = await bench.runtime(tokens=1000, pause=0.1)
     await bench.start()

@@ -60,6 +60,17 @@ def test_a_client_that_leaves_frees_its_request_within_a_step(
     assert 'kubeinfer:num_requests_waiting{model_name="scripted"} 0.0' in metrics
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_request(
+    slow: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = slow.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+        slow.wait_until(lambda: slow.server.state.in_flight == 1)
+    slow.wait_until(lambda: slow.server.state.in_flight == 0)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_clients_that_leave_at_random_leave_nothing_behind(folder: Path) -> None:
     rng = random.Random(1)
     with running(scripted_engine(folder, delay=0.002)) as server:

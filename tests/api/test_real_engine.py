@@ -140,3 +140,35 @@ def test_a_killed_engine_core(server: Server) -> None:
     output, _ = server.process.communicate(timeout=10)
     assert server.process.returncode == 1
     assert "SIGKILL" in output.strip().splitlines()[-1]
+
+
+def test_sigterm_while_the_model_loads(folder: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "runtime"), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "kubeinfer.cli.main",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not (children := psutil.Process(process.pid).children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 128 + signal.SIGTERM, output
+        assert "Traceback" not in output
+        assert not any(child.is_running() for child in children)
+    finally:
+        process.kill()
+        process.communicate()

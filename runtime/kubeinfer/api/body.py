@@ -7,7 +7,7 @@ import re
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from kubeinfer.api.errors import ApiError
 
@@ -43,13 +43,16 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise too_long  # the client waits for our word before it sends
     chunks: list[bytes] = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            chunks.clear()
-            await _discard(request)
-            raise too_long
-        chunks.append(chunk)
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                chunks.clear()
+                await _discard(request)
+                raise too_long
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise ApiError(400, "The client left before its request was complete.", code="client_gone") from None
     return b"".join(chunks)
 
 

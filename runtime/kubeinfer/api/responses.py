@@ -121,10 +121,10 @@ class EncodedStream(Response):
         encode = encoder.encode
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         send = raw_send  # the layers between have no part in a body's chunks
-        body = encode(self.first)
-        if body:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
         try:
+            body = encode(self.first)
+            if body:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
             async for item in self.items:
                 body = encode(item)
                 if body:

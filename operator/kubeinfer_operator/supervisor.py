@@ -51,6 +51,13 @@ class _Child:
         self._reader.join(timeout=2)
         return self.lines[-1] if self.lines else "it printed nothing"
 
+    def close(self) -> None:
+        """Let go of what is left once the process has ended."""
+        self.popen.wait()
+        self._reader.join(timeout=2)
+        if self.popen.stdout is not None and not self._reader.is_alive():
+            self.popen.stdout.close()
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.popen.pid, signal.SIGKILL)
@@ -122,7 +129,7 @@ class Supervisor:
                 while child.popen.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.05)
             child.kill()
-            child.popen.wait()
+            child.close()
         self._children.clear()
 
 

@@ -29,6 +29,7 @@ class Limits:
     max_header_bytes = 64 * 1024
     max_connections = 20_000
     header_timeout = 15.0
+    flush_timeout = 60.0
 
 
 class ClientStream:
@@ -137,6 +138,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._in_head = False
         self._head_since = monotonic()  # infinite while no head is awaited
+        self._closing_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -203,7 +205,12 @@ class GatewayProtocol(HttpToolsProtocol):
             self.timeout_keep_alive = _LINGER
 
     def sweep(self, now: float) -> None:
-        """Closes a connection that takes too long to say what it wants."""
+        """Closes a connection that takes too long to say what it wants, or to take the last of its answer."""
+        if self.transport.is_closing():
+            self._closing_since = self._closing_since or now
+            if now - self._closing_since > self.limits.flush_timeout:
+                self.transport.abort()
+            return
         busy = self.cycle is not None and not self.cycle.response_complete
         if not busy and now - self._head_since > self.limits.header_timeout:
             self.transport.close()

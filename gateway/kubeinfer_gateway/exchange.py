@@ -62,8 +62,10 @@ class Exchange:
         "key",
         "model",
         "model_name",
+        "pauses",
         "queue_time",
         "request_id",
+        "reserved",
         "retries",
         "scope",
         "seen",
@@ -94,7 +96,9 @@ class Exchange:
         self.sse = False
         self.status = 0
         self.error: str | None = None
+        self.reserved = 0  # tokens taken from the key's limit in advance
         self.retries = 0
+        self.pauses = 0
         self.queue_time = 0.0
         self.first_byte: float | None = None
         self.usage: Usage | None = None

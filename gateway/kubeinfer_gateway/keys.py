@@ -72,8 +72,11 @@ class ApiKey:
     def allows(self, model: str) -> bool:
         return any(fnmatchcase(model, pattern) for pattern in self.entry.models)
 
-    def admit(self) -> None:
-        """Counts one request. Raises GatewayError 429 where a limit is used up."""
+    def admit(self, tokens: int) -> None:
+        """Counts one request, and `tokens` that it will take at least until `settle` says what it took.
+
+        Raises GatewayError 429 where a limit is used up.
+        """
         now = monotonic()
         if self.tokens is not None and (wait := self.tokens.wait(1, now)) > 0:
             raise self._limited("tokens_per_minute", self.tokens.limit, wait)
@@ -81,11 +84,13 @@ class ApiKey:
             if (wait := self.requests.wait(1, now)) > 0:
                 raise self._limited("requests_per_minute", self.requests.limit, wait)
             self.requests.level -= 1
+        if self.tokens is not None:
+            self.tokens.level -= tokens
 
-    def spend(self, tokens: int) -> None:
+    def settle(self, admitted: int, used: int) -> None:
         if self.tokens is not None:
             self.tokens.refill(monotonic())
-            self.tokens.level -= tokens
+            self.tokens.level += admitted - used
 
     def _limited(self, what: str, limit: float, wait: float) -> GatewayError:
         return GatewayError(

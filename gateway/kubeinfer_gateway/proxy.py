@@ -35,6 +35,8 @@ _COLLECT_LIMIT = 1 << 20
 _FALSE_STARTS = (502, 503, 504)
 # A runtime that is shutting down answers 503 with Retry-After. It is asked again after that time, this at most.
 _PAUSE_MAX = 10
+# So often may one request have an endpoint paused; a request that is always refused must not stop the others.
+_PAUSES = 2
 
 
 class _Retry(Exception):
@@ -214,10 +216,11 @@ class Proxy:
         exchange.model = model
         if key is not None:
             try:
-                key.admit()
+                key.admit(_estimate(exchange))
             except GatewayError as error:
                 self.metrics.limited.labels(key.name, error.code).inc()
                 raise
+            exchange.reserved = _estimate(exchange)
         model.last_request = time.time()
         routing_key = b""
         if self.options.routing == "prefix":
@@ -361,6 +364,7 @@ class Proxy:
             self._streams.discard(exchange)
             if connection is not None:
                 exchange.bytes_out += connection.bytes_in
+                self._read_usage(exchange, connection)
                 self.upstreams.release(connection)
 
     def _unreached(
@@ -397,7 +401,8 @@ class Proxy:
             retry_after=2,
         )
         wait = head.get(b"retry-after")
-        if head.status == 503 and (wait is not None or not head.keep_alive):
+        if head.status == 503 and (wait is not None or not head.keep_alive) and exchange.pauses < _PAUSES:
+            exchange.pauses += 1
             seconds = int(wait) if wait is not None and wait.isdigit() else _PAUSE_MAX
             model.pause(endpoint, min(max(seconds, 1), _PAUSE_MAX))
             raise _Retry(refused)
@@ -489,7 +494,6 @@ class Proxy:
             return
         if framing == "chunked":
             client.write(b"0\r\n\r\n")
-        self._read_usage(exchange, connection)
         client.finish()
 
     async def _wrap_as_event(self, exchange: Exchange, connection: UpstreamConnection) -> None:
@@ -513,13 +517,13 @@ class Proxy:
         client.finish()
 
     def _read_usage(self, exchange: Exchange, connection: UpstreamConnection) -> None:
-        if exchange.status >= 300:
+        response = connection.response
+        if response is None or response.status != 200:
             return
-        usage = read_usage(connection.last_bytes()[-16384:])
-        if usage is None and exchange.sse and exchange.key is not None:
-            # No usage asked for: an event is about a token, and four bytes of the request are.
-            usage = Usage(exchange.bytes_in // 4, max(connection.events - 1, 0), exact=False)
-        exchange.usage = usage
+        exchange.usage = read_usage(connection.last_bytes()[-16384:])
+        if exchange.usage is None and exchange.key is not None and (exchange.sse or exchange.client.lost):
+            # No usage was asked for, or the client did not wait for it: an event is about a token.
+            exchange.usage = Usage(_estimate(exchange), max(connection.events - 1, 0), exact=False)
 
     async def _answer_error(self, exchange: Exchange, error: GatewayError, send: Any) -> None:
         client = exchange.client
@@ -552,12 +556,12 @@ class Proxy:
         key = exchange.key
         if key is not None:
             metrics.key_requests.labels(key.name, str(exchange.status)).inc()
+            if exchange.reserved:
+                key.settle(exchange.reserved, usage.total if usage is not None else 0)
         if usage is not None:
             name = key.name if key is not None else ""
             metrics.tokens.labels(name, model, "prompt").inc(usage.prompt)
             metrics.tokens.labels(name, model, "completion").inc(usage.completion)
-            if key is not None:
-                key.spend(usage.total)
         if self.access_log.enabled:
             self.access_log.write(exchange.record(duration))
 
@@ -579,3 +583,8 @@ class Proxy:
             for endpoint in model.endpoints.values():
                 if endpoint.idle:
                     self.upstreams.sweep(endpoint)
+
+
+def _estimate(exchange: Exchange) -> int:
+    """Tokens of the prompt, about: four bytes each."""
+    return exchange.bytes_in // 4

@@ -179,6 +179,8 @@ class UpstreamConnection(asyncio.Protocol):
         elif response.length is not None:
             self._left = response.length
             self._pump = self._pump_length
+            if framing == "chunked":
+                self._write = lambda data: write(encode_chunk(data))
         else:
             self._pump = self._pump_chunking if framing == "chunked" else self._pump_until_close
         early, self._early = self._early or [], None
@@ -305,6 +307,7 @@ class UpstreamConnection(asyncio.Protocol):
     def reset(self) -> None:
         self.head = self.done = self.response = self._pump = self._chunked = self._early = None
         self._last = self._previous = b""
+        self.resume()  # the last piece may have been too much for a slow client
 
 
 class Upstreams:

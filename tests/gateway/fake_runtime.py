@@ -50,10 +50,7 @@ class FakeRuntime:
         self.requests.append({"path": request.path_qs, "headers": dict(request.headers), "body": raw})
         if self.draining:
             response = web.json_response({"error": {"message": "draining"}}, status=503)
-            if len(self.requests) % 2:
-                response.force_close()
-            else:
-                response.headers["retry-after"] = "1"
+            response.headers["retry-after"] = "1"
             return response
         if self.status != 200:
             return web.json_response({"error": {"message": f"status {self.status}"}}, status=self.status)

@@ -116,7 +116,6 @@ async def test_the_only_endpoint_drains_and_another_follows(bench: Any) -> None:
 
 async def test_the_only_endpoint_takes_requests_again(bench: Any) -> None:
     runtime = await bench.runtime(draining=True)
-    runtime.requests.append({})  # the answer says Retry-After: 1
     await bench.start()
     bench.serve("m", runtime)
     request = asyncio.create_task(bench.chat().__aenter__())
@@ -309,6 +308,47 @@ async def test_a_slow_client_does_not_grow_memory(bench: Any) -> None:
     # A client that has stopped for good is dropped, and the runtime freed.
     await eventually(lambda: runtime.running == 0, 8)
     writer.close()
+
+
+async def test_a_slow_clients_last_piece_leaves_the_connection_usable(bench: Any) -> None:
+    """The answer's end is what fills the slow client's buffer; the next request goes over the same connection."""
+    runtime = await bench.runtime(tokens=1, token_size=50_000_000)
+    await bench.start(first_byte_timeout=3)
+    bench.serve("m", runtime)
+    body = json.dumps({"model": "m", "messages": [], "stream": True}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", bench.gateway.port, limit=1024)
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
+    await reader.readexactly(100)
+    (endpoint,) = bench.gateway.registry.models["default/m"].endpoints.values()
+    got = 0
+    while (
+        not endpoint.idle
+    ):  # read on until the gateway has everything, while this side still has much to read
+        got += len(await reader.read(65536))
+        await asyncio.sleep(0)
+    assert got < 50_000_000
+    runtime.token_size = 10
+    for _ in range(3):
+        async with bench.chat(stream=True) as response:
+            assert response.status == 200
+            await response.read()
+    assert sum(len(e.idle) for e in [endpoint]) == 1
+    writer.close()
+
+
+async def test_a_request_that_is_always_refused_does_not_stop_others(bench: Any) -> None:
+    runtime = await bench.runtime()
+    await bench.start()
+    bench.serve("m", runtime)
+    runtime.draining = True
+    refused = asyncio.create_task(_status(bench))
+    await asyncio.sleep(0.3)
+    status, _, body = await asyncio.wait_for(refused, 25)
+    assert status == 503
+    assert json.loads(body)["error"]["message"] == "draining"
+    assert len(runtime.requests) == 3
 
 
 async def test_a_slow_client_gets_everything(bench: Any) -> None:

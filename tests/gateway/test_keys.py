@@ -37,7 +37,7 @@ async def ask(
 ) -> tuple[int, str | None, str | None]:
     async with bench.chat(headers=headers, **body) as response:
         data = await response.read()
-        code = json.loads(data)["error"]["code"] if response.status != 200 else None
+        code = json.loads(data)["error"].get("code") if response.status != 200 else None
         return response.status, code, response.headers.get("retry-after")
 
 
@@ -103,6 +103,29 @@ async def test_tokens_a_minute(bench: Any, tmp_path: Path, body: dict[str, Any],
     assert int(retry or 0) >= 3
     (bucket,) = [k.tokens for k in bench.gateway.keys._keys.values()]
     assert -60 < bucket.level < 20.5 - spent
+
+
+async def test_leaving_early_does_not_save_tokens(bench: Any, tmp_path: Path) -> None:
+    key = make(tmp_path, "k", tokens=1000)
+    runtime = await bench.runtime(tokens=1000, pause=0.002)
+    await bench.start(api_keys_dir=str(tmp_path))
+    bench.serve("m", runtime)
+    async with bench.chat(headers=key, stream=True, text="x" * 400) as response:
+        got = 0
+        while got < 50:
+            got += (await response.content.readuntil(b"\n\n")).count(b"data")
+    await asyncio.sleep(0.2)
+    (bucket,) = [k.tokens for k in bench.gateway.keys._keys.values()]
+    assert 1000 - 600 < bucket.level < 1000 - 100 - 45
+
+
+async def test_what_is_refused_costs_no_tokens(bench: Any, tmp_path: Path) -> None:
+    key = make(tmp_path, "k", tokens=1000)
+    await bench.start(api_keys_dir=str(tmp_path))
+    bench.serve("m", await bench.runtime(status=400))
+    assert [(await ask(bench, key, text="x" * 2000))[0] for _ in range(5)] == [400] * 5
+    (bucket,) = [k.tokens for k in bench.gateway.keys._keys.values()]
+    assert bucket.level > 999
 
 
 async def test_entries_are_read_again(bench: Any, tmp_path: Path) -> None:

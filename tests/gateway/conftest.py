@@ -73,6 +73,32 @@ class Bench:
         key = name if "/" in name else f"default/{name}"
         self.gateway.registry.put(ModelSpec(key, names or (name,), created, endpoints))
 
+    async def raw_upstream(self, answer: bytes, *, close: bool = False) -> asyncio.Server:
+        """A server that gives every request the same bytes."""
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                while True:
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+                    await reader.readexactly(length)
+                    writer.write(answer)
+                    await writer.drain()
+                    if close:
+                        break
+            except (asyncio.IncompleteReadError, ConnectionError):
+                pass
+            finally:
+                writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        self.stack.callback(server.close)
+        port = server.sockets[0].getsockname()[1]
+        self.gateway.registry.put(
+            ModelSpec("default/m", ("m",), 1.0, (EndpointSpec("raw", "127.0.0.1", port),))
+        )
+        return server
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.gateway.port}"

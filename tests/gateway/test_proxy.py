@@ -10,34 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from kubeinfer_gateway.registry import EndpointSpec, ModelSpec
-
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-async def raw_upstream(bench: Any, answer: bytes, *, close: bool = False) -> asyncio.Server:
-    """A server that gives every request the same bytes."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
-                await reader.readexactly(length)
-                writer.write(answer)
-                await writer.drain()
-                if close:
-                    break
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    bench.stack.callback(server.close)
-    port = server.sockets[0].getsockname()[1]
-    bench.gateway.registry.put(ModelSpec("default/m", ("m",), 1.0, (EndpointSpec("raw", "127.0.0.1", port),)))
-    return server
 
 
 async def raw_request(bench: Any, data: bytes, *, close_write: bool = False) -> bytes:
@@ -285,7 +258,7 @@ async def test_a_body_that_never_ends(bench: Any) -> None:
 )
 async def test_framings(bench: Any, answer: bytes, close: bool, version: str) -> None:
     await bench.start()
-    await raw_upstream(bench, answer, close=close)
+    await bench.raw_upstream(answer, close=close)
     got = await raw_request(bench, request_bytes(version, "connection: close\r\n"))
     assert got.startswith(b"HTTP/1.1 200 OK\r\n")
     head, _, body = got.partition(b"\r\n\r\n")
@@ -312,7 +285,7 @@ async def test_framings(bench: Any, answer: bytes, close: bool, version: str) ->
 )
 async def test_an_upstream_that_speaks_no_http(bench: Any, answer: bytes) -> None:
     await bench.start()
-    await raw_upstream(bench, answer)
+    await bench.raw_upstream(answer)
     async with bench.chat() as response:
         assert response.status == 502
         assert (await response.json())["error"]["code"] == "upstream_unreachable"

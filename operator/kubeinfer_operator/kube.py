@@ -186,7 +186,7 @@ class Kube:
             except Exception as error:
                 if type(error).__module__.partition(".")[0] != "aiohttp":
                     raise
-                raise KubeError(0, f"watch of {kind.plural}: {error}") from error
+                raise KubeError(0, f"the watch broke off: {error}") from error
             finally:
                 response.close()
 

@@ -76,6 +76,8 @@ def problem(pod: Pod, container: str) -> Problem | None:
         and scheduled.get("reason") == "Unschedulable"
     ):
         text = str(scheduled.get("message", "no node fits"))
+        if "unbound immediate PersistentVolumeClaims" in text:
+            return Problem("ClaimPending", "the volume for the weights is being made")
         reason = "InsufficientResources" if "Insufficient" in text else "Unschedulable"
         return Problem(reason, f"pod {pod['metadata']['name']} finds no node: {text}")
     status = container_status(pod, container)

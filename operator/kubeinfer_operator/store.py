@@ -128,7 +128,7 @@ class Reflector:
                     if error.status == 410:
                         continue
                 log = logger.warning if backoff < 1 else logger.debug
-                log("watch of %s: %s; trying again", self.kind.plural, error)
+                log("%s: %s; trying again", self.kind.plural, error)
                 await asyncio.sleep(backoff * random.uniform(0.8, 1.2))
                 backoff = min(backoff * 2, 3.0)
 

@@ -346,7 +346,7 @@ async def test_own_endpoints(api: FakeApi, runtime: Runtime, kubeconfig: None, u
     task = asyncio.create_task(operator.run(stop))
     await until(lambda: operator.synced)
     api.put(*IM, MODEL)
-    await until(lambda: status(api, "Accepted"))
+    await until(lambda: api.all("jobs"))
     async with aiohttp.ClientSession(f"http://127.0.0.1:{unused_tcp_port}") as http:
         for path in ("/healthz", "/readyz"):
             async with http.get(path) as answer:

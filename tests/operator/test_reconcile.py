@@ -6,7 +6,7 @@ import copy
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operator_world import COMMIT, CONFIG, Cluster, claim, condition
 
@@ -100,7 +100,7 @@ def test_everything_is_owned_by_the_model() -> None:
 
 
 @given(st.lists(st.integers(0, 6), max_size=25), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_killed_anywhere_it_ends_the_same(stops: list[int], data: st.DataObject) -> None:
     """The operator dies after any number of writes, status or not, and the same state is reached in the end."""
     calm, storm = Cluster(), Cluster()

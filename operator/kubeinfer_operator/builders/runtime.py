@@ -23,6 +23,7 @@ from kubeinfer_operator.config import Settings
 # Endpoints and gateways must hear that a pod leaves before it stops taking requests.
 PRE_STOP_SECONDS = 3
 EXIT_MARGIN_SECONDS = 10
+CACHE_DIR = "/var/cache/kubeinfer"
 
 
 def template_key(name: str, spec: InferenceModelSpec, artifact: Artifact | None) -> str:
@@ -81,7 +82,7 @@ def pod_template(
     volumes: list[dict[str, Any]] = [{"name": "tmp", "emptyDir": {}}, {"name": "cache", "emptyDir": {}}]
     mounts: list[dict[str, Any]] = [
         {"name": "tmp", "mountPath": "/tmp"},
-        {"name": "cache", "mountPath": "/home/kubeinfer/.cache"},
+        {"name": "cache", "mountPath": CACHE_DIR},
     ]
     init: list[dict[str, Any]] = []
     fetched_by_pod = storage_kind(spec) in ("hostPath", "ephemeral")
@@ -96,9 +97,10 @@ def pod_template(
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
     env: list[dict[str, Any]] = [
-        {"name": "HOME", "value": "/home/kubeinfer"},
+        {"name": "HOME", "value": "/tmp"},
         {"name": "LOGNAME", "value": "kubeinfer"},
-        {"name": "XDG_CACHE_HOME", "value": "/home/kubeinfer/.cache"},
+        {"name": "XDG_CACHE_HOME", "value": CACHE_DIR},
+        {"name": "TRITON_CACHE_DIR", "value": f"{CACHE_DIR}/triton"},
         {"name": "HF_HUB_OFFLINE", "value": "1"},
     ]
     if getattr(spec.engine, "tokenizer", None):

@@ -119,6 +119,7 @@ class AsyncLLM:
         client: AsyncEngineClient | None = None,
         *,
         max_waiting_requests: int | None = None,
+        log_format: str = "text",
     ):
         from kubeinfer.model_config import load_model_config
 
@@ -127,7 +128,7 @@ class AsyncLLM:
         self.max_waiting_requests = max_waiting_requests
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         loading = self._threads.submit(load_tokenizer, options, self.model_config.path)
-        self._client = client if client is not None else make_async_client(options)
+        self._client = client if client is not None else make_async_client(options, log_format)
         try:
             self.tokenizer: Tokenizer = loading.result()
             check_vocabulary(self.tokenizer, self.model_config.vocab_size)

@@ -159,7 +159,7 @@ class SchedulerOptions(_Options):
     max_num_batched_tokens: int | None = Field(
         None,
         ge=1,
-        description="Token budget of a step; 16384 on a large GPU, 8192 on others, 2048 on CPUs when not given.",
+        description="Token budget of a step; 2048 when not given; offline 16384 on a large GPU and 8192 on others.",
         json_schema_extra=_extra(unit="tokens"),
     )
     long_prefill_token_threshold: int = Field(

@@ -30,7 +30,9 @@ def default_engine(options: ServeOptions) -> AsyncLLM:
     """The engine of ``options``, in a process of its own. Blocks until it is ready."""
     names = set(EngineOptions.model_fields)
     engine_options = EngineOptions(**options.model_dump(include=names, exclude_unset=True))
-    return AsyncLLM(engine_options, max_waiting_requests=options.max_waiting_requests)
+    return AsyncLLM(
+        engine_options, max_waiting_requests=options.max_waiting_requests, log_format=options.log_format
+    )
 
 
 def run_server(

@@ -128,15 +128,18 @@ def fit_model_len(options: EngineOptions, model_config: ModelConfig, spec: Cache
     return tokens
 
 
-def make_core(options: EngineOptions) -> EngineCore:
-    """Read the model's configuration, resolve device-dependent defaults, and start an engine."""
+def make_core(options: EngineOptions, serving: bool = False) -> EngineCore:
+    """Read the model's configuration, resolve device-dependent defaults, and start an engine.
+
+    ``serving``: streams are read as they come, so that steps are kept short where no option says otherwise.
+    """
     from kubeinfer.distributed.executor import make_executor
     from kubeinfer.engine.defaults import check_dtype, resolve_defaults, step_limits
     from kubeinfer.model_config import load_model_config
 
     options = resolve_defaults(options)
     model_config = check_dtype(options, load_model_config(options))
-    limits = step_limits(options, model_config)
+    limits = step_limits(options, model_config, serving)
     from kubeinfer.worker.worker import Worker
 
     executor = make_executor(Worker, options, model_config, limits)

@@ -120,7 +120,10 @@ def main() -> int:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole terminal group; the parent decides
-    config = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line:
+        return 0  # the parent was stopped before it could say what to run
+    config = json.loads(line)
     from kubeinfer.logs import configure_logging
 
     configure_logging(config["log_format"])
@@ -137,7 +140,7 @@ def main() -> int:
     on_rank_death(lambda reason: _last_words(config["outputs_address"], reason))
     core: EngineCore | None = None
     try:
-        core = make_core(EngineOptions(**config["options"]))
+        core = make_core(EngineOptions(**config["options"]), serving=True)
         gc.collect()
         gc.freeze()  # what start-up made lives as long as the process: later collections need not look at it
         CoreProcess(core, inbox, outbox).run()

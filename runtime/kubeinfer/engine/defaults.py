@@ -84,7 +84,7 @@ def check_dtype(options: EngineOptions, model_config: ModelConfig) -> ModelConfi
     return replace(model_config, dtype="float16")
 
 
-def step_limits(options: EngineOptions, model_config: ModelConfig) -> tuple[int, int]:
+def step_limits(options: EngineOptions, model_config: ModelConfig, serving: bool) -> tuple[int, int]:
     """Most sequences and most tokens of one step."""
     if options.device == "cpu":
         seqs, tokens = 64, 2048
@@ -93,6 +93,10 @@ def step_limits(options: EngineOptions, model_config: ModelConfig) -> tuple[int,
 
         large = torch.cuda.get_device_properties(0).total_memory > 60 * 2**30
         seqs, tokens = (1024, 16384) if large else (256, 8192)
+        if serving:
+            tokens = (
+                2048  # a step of so many tokens keeps running streams waiting for some 50 ms on a 7B model
+            )
     seqs = options.max_num_seqs or seqs
     tokens = options.max_num_batched_tokens or max(tokens, seqs)
     if tokens < seqs:

@@ -22,6 +22,9 @@ class Settings:
     watch_namespaces: tuple[str, ...] = ()
     hf_endpoint: str = ""
     modelscope_endpoint: str = ""
+    https_proxy: str = ""
+    http_proxy: str = ""
+    no_proxy: str = ""
     gateway_selector: str = "app.kubernetes.io/component=gateway"
     gateway_port: int = 8081
     health_port: int = 8080
@@ -46,6 +49,9 @@ _ENV = {
     "watch_namespaces": "WATCH_NAMESPACES",
     "hf_endpoint": "HF_ENDPOINT",
     "modelscope_endpoint": "MODELSCOPE_ENDPOINT",
+    "https_proxy": "HTTPS_PROXY",
+    "http_proxy": "HTTP_PROXY",
+    "no_proxy": "NO_PROXY",
     "gateway_selector": "KUBEINFER_GATEWAY_SELECTOR",
     "gateway_port": "KUBEINFER_GATEWAY_PORT",
     "health_port": "KUBEINFER_HEALTH_PORT",

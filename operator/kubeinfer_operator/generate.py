@@ -89,8 +89,17 @@ def crd() -> dict[str, Any]:
         "properties": {
             "apiVersion": {"type": "string", "description": f"API version: {names.API_VERSION}."},
             "kind": {"type": "string", "description": f"Kind: {names.KIND}."},
-            # The API server allows nothing else here.
-            "metadata": {"type": "object"},
+            # The API server allows nothing but the name here. The bound lets it reckon what the rule costs.
+            "metadata": {
+                "type": "object",
+                "properties": {
+                    "name": {
+                        "type": "string",
+                        "maxLength": 40,
+                        "description": "Name of the model and of its Service.",
+                    }
+                },
+            },
             "spec": spec,
             "status": status,
         },

@@ -152,10 +152,15 @@ def pull_container(
         {"name": "HOME", "value": "/tmp"},
         {"name": "LOGNAME", "value": "kubeinfer"},
     ]
-    if settings.hf_endpoint:
-        env.append({"name": "HF_ENDPOINT", "value": settings.hf_endpoint})
-    if settings.modelscope_endpoint:
-        env.append({"name": "MODELSCOPE_ENDPOINT", "value": settings.modelscope_endpoint})
+    # The job reaches the hub as the operator does.
+    reach = {
+        "HF_ENDPOINT": settings.hf_endpoint,
+        "MODELSCOPE_ENDPOINT": settings.modelscope_endpoint,
+        "HTTPS_PROXY": settings.https_proxy,
+        "HTTP_PROXY": settings.http_proxy,
+        "NO_PROXY": settings.no_proxy,
+    }
+    env += [{"name": name, "value": value} for name, value in reach.items() if value]
     ref = spec.model.token_secret_ref
     if ref is not None and artifact.source.startswith(sources_of(spec.model)[0].scheme + "://"):
         # The token is for one hub: given only to the one that spec.model.uri names.

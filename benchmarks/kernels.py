@@ -23,6 +23,7 @@ from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.attention import decode_workspace, paged_attention
 from kubeinfer.kernels.batch_prep import prepare_decode, step_inputs, store_sampled
 from kubeinfer.kernels.embedding import vocab_parallel_embedding
+from kubeinfer.kernels.gemv import gemv
 from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm
 from kubeinfer.kernels.rope import rope_and_cache
 from kubeinfer.kernels.sampling import apply_penalties, logprobs, sample
@@ -218,6 +219,21 @@ def sampler(table: Table, batch: int, vocab: int = 151936) -> None:
     table.row(f"apply_penalties, {batch}", 3 * logits.nbytes + mask.nbytes, run)
 
 
+def one_token_linears(table: Table) -> None:
+    print("\nlinear layers of one token: out x in -> us, share of copy; cuBLAS after it")
+    small = [(1152, 896), (896, 896), (9728, 896), (896, 4864), (151936, 896)]
+    for n, k in [*small, (4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (152064, 3584)]:
+        x = torch.randn(1, k, device=DEVICE, dtype=BF16)
+        weights = [
+            torch.randn(n, k, device=DEVICE, dtype=BF16)
+            for _ in range(max(2, min(64, (300 << 20) // (n * k * 2))))
+        ]
+        table.row(f"gemv {n} x {k}", n * k * 2, *(partial(gemv, x, w) for w in weights))
+        table.row(
+            f"cuBLAS {n} x {k}", n * k * 2, *(partial(torch.nn.functional.linear, x, w) for w in weights)
+        )
+
+
 def host_costs(block_size: int) -> None:
     x = torch.randn(8, 896, device=DEVICE, dtype=BF16)
     weight, out = torch.ones(896, device=DEVICE, dtype=BF16), torch.empty_like(x)
@@ -227,6 +243,7 @@ def host_costs(block_size: int) -> None:
     )
     qkv = torch.randn(8, 18, 64, device=DEVICE, dtype=BF16)
     calls: dict[str, Callable[[], object]] = {
+        "gemv": partial(gemv, x[:1], torch.randn(896, 896, device=DEVICE, dtype=BF16)),
         "torch.add": partial(torch.add, x, x, out=out),
         "rms_norm": partial(rms_norm, x, weight, 1e-6, out),
         "silu_and_mul": partial(silu_and_mul, gate, up),
@@ -250,6 +267,7 @@ def main() -> None:
     print("\nothers: tokens -> us, share of copy")
     for tokens in (64, 8192):
         pointwise(table, tokens, block_size)
+    one_token_linears(table)
     print("\nsampler, vocabulary 151,936: rows -> us, share of copy (one read of the logits)")
     for batch in (1, 64, 256, 1024):
         sampler(table, batch)

@@ -43,11 +43,28 @@ def test_rope_and_cache(
     device: str, dtype: torch.dtype, head_dim: int, rotary: int, normed: bool, fused: bool, fp8: bool
 ) -> None:
     torch.manual_seed(random.randrange(1 << 30))
-    tokens, hq, hk = random.choice([1, 3, 40]), *random.choice([(4, 4), (14, 2), (9, 3)])
-    block_size, num_blocks = random.choice([16, 32]), 9
+    heads, kinds = random.choice([(4, 4), (14, 2), (9, 3)]), random.choices([torch.int32, torch.int64], k=2)
+    for tokens in (1, 3, 40):
+        check(device, dtype, head_dim, rotary, normed, fused, fp8, tokens, heads, kinds)
+
+
+def check(
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    rotary: int,
+    normed: bool,
+    fused: bool,
+    fp8: bool,
+    tokens: int,
+    heads: tuple[int, int],
+    kinds: list[torch.dtype],
+) -> None:
+    hq, hk = heads
+    block_size, num_blocks = 16, 9
     qkv = torch.randn(tokens, (hq + 2 * hk) * head_dim).to(dtype)
-    positions = torch.randint(0, 300, (tokens,), dtype=random.choice([torch.int32, torch.int64]))
-    slots = torch.randperm(num_blocks * block_size)[:tokens].to(random.choice([torch.int32, torch.int64]))
+    positions = torch.randint(0, 300, (tokens,), dtype=kinds[0])
+    slots = torch.randperm(num_blocks * block_size)[:tokens].to(kinds[1])
     slots[torch.rand(tokens) < 0.2] = -1
     k_scale, v_scale = (0.25, 0.5) if fp8 else (1.0, 1.0)
     cache = torch.full((2, num_blocks, hk, block_size, head_dim), 7.0).to(

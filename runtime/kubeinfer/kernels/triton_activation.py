@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kubeinfer.kernels.triton_launch import overlaps_launches
+from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 
 @triton.jit
@@ -34,6 +34,9 @@ def _silu_and_mul_kernel(
     tl.store(out_ptr + row * STRIDE_OUT + columns, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_SILU_AND_MUL = Kernel(_silu_and_mul_kernel)
+
+
 def silu_and_mul_triton(x: Tensor, out: Tensor | None) -> Tensor:
     """`kubeinfer.kernels.activation.silu_and_mul` on CUDA tensors."""
     width = x.shape[-1] // 2
@@ -47,15 +50,11 @@ def silu_and_mul_triton(x: Tensor, out: Tensor | None) -> Tensor:
         return out
     block, num_warps = (512, 2) if num_rows <= 64 else (2048, 8)
     pdl = overlaps_launches()
-    _silu_and_mul_kernel[(num_rows, triton.cdiv(width, block))](
-        x,
-        out,
-        STRIDE_X=x.stride(0),
-        STRIDE_OUT=out.stride(0),
-        WIDTH=width,
-        BLOCK=block,
-        PDL=pdl,
-        num_warps=num_warps,
-        launch_pdl=pdl,
+    _SILU_AND_MUL.launch(
+        (num_rows, triton.cdiv(width, block), 1),
+        (x, out),
+        (x.stride(0), out.stride(0), width, block, pdl),
+        num_warps,
+        pdl=pdl,
     )
     return out

@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kubeinfer.kernels import tuned
-from kubeinfer.kernels.triton_launch import has_tensor_memory_accelerator, overlaps_launches
+from kubeinfer.kernels.triton_launch import Kernel, has_tensor_memory_accelerator, overlaps_launches
 
 if TYPE_CHECKING:
     from kubeinfer.kernels.attention import DecodeWorkspace
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _LOG2E = 1.4426950408889634
 _MAX_SPLITS = 64
 # Programs the decode grid aims at: a few for each of the 132 multiprocessors, so that uneven contexts even out.
-_DECODE_PROGRAMS = 1056
+_DECODE_PROGRAMS = 528
 _TMA_HEAD_DIMS = (64, 128)
 # Below this the loads by address hide as well, and the gather's launch would cost more than it saves.
 _TMA_MIN_CONTEXT = 512
@@ -80,10 +80,11 @@ def _decode_kernel(
     head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2)
+    # Before the wait: contexts are written at the step's start, many kernels before this one.
+    seq_len = tl.load(seq_lens_ptr + seq)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    seq_len = tl.load(seq_lens_ptr + seq)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
@@ -162,10 +163,11 @@ def _merge_kernel(
 ):
     head = tl.program_id(0)
     seq = tl.program_id(1)
+    # Before the wait: contexts are written at the step's start, many kernels before this one.
+    seq_len = tl.load(seq_lens_ptr + seq)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    seq_len = tl.load(seq_lens_ptr + seq)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
@@ -218,6 +220,8 @@ def _prefill_tiles(
         keys = start + tl.arange(0, BLOCK_N)
         if TMA:
             k = k_source.load([row_start + start, 0])
+            if D >= 128:  # the pipeline of wide heads wants both loads together, that of narrow ones does not
+                v = v_source.load([row_start + start, 0])
         else:
             if MASKED:
                 inside = keys < seq_len
@@ -257,7 +261,7 @@ def _prefill_tiles(
             p = tl.exp2(s * qk_scale - shift[:, None])
         alpha = tl.exp2(m - shift)
         total = total * alpha + tl.sum(p, 1)
-        if TMA:
+        if TMA and D < 128:
             v = v_source.load([row_start + start, 0])
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
@@ -408,6 +412,12 @@ def _gather_kernel(
         tl.store(rows_ptr + target[:, None] + dims[None, :], x)
 
 
+_DECODE = Kernel(_decode_kernel)
+_MERGE = Kernel(_merge_kernel)
+_GATHER = Kernel(_gather_kernel)
+_PREFILL = Kernel(_prefill_kernel)
+
+
 def num_splits(num_seqs: int, num_kv_heads: int) -> int:
     """Splits of each decode row; a power of two that depends on the (padded) batch only."""
     wanted = max(1, _DECODE_PROGRAMS // max(1, num_seqs * num_kv_heads))
@@ -420,12 +430,12 @@ def workspace_rows(max_seqs: int, num_heads: int, num_kv_heads: int) -> int:
 
 
 @functools.cache
-def _decode_config(head_dim: int, group: int, wide: bool, fp8: bool) -> tuple[int, int, int]:
+def _decode_config(head_dim: int, few: bool, wide: bool, fp8: bool) -> tuple[int, int, int]:
     """``BLOCK_N``, warps and pipeline stages of the decode kernel."""
     if wide:  # fp32: for tests and exactness, not for speed
         return 32, 4, 2
     kind = "fp8" if fp8 else "16bit"
-    found = tuned.lookup("attention", f"decode/d{head_dim}/g{group}/{kind}", f"decode/d{head_dim}/{kind}")
+    found = tuned.lookup("attention", f"decode/d{head_dim}/{kind}/{'few' if few else 'many'}")
     if found is not None:
         return found["block_n"], found["num_warps"], found["num_stages"]
     return (64, 4, 3) if head_dim <= 128 else (32, 4, 3)
@@ -476,8 +486,8 @@ def paged_attention_triton(
     stride_q, stride_out, stride_table = q.stride(0), out.stride(0), block_table.stride(0)
     if num_decodes > 0:
         pdl = overlaps_launches()
-        block_n, num_warps, num_stages = _decode_config(head_dim, group, wide, fp8)
         splits = num_splits(num_decodes, num_kv_heads)
+        block_n, num_warps, num_stages = _decode_config(head_dim, splits >= 16, wide, fp8)
         partial, lse = out, out
         if workspace is not None:
             partial, lse = workspace.partial, workspace.lse
@@ -485,19 +495,37 @@ def paged_attention_triton(
             rows = num_decodes * num_heads * splits
             partial = torch.empty(rows, head_dim, dtype=torch.float32, device=q.device)
             lse = torch.empty(rows, dtype=torch.float32, device=q.device)
-        _decode_kernel[(num_kv_heads, splits, num_decodes)](
-            q, kv_cache, block_table, seq_lens, out, partial, lse, num_blocks, stride_table, qk_scale, v_scale,
-            STRIDE_Q=stride_q, STRIDE_OUT=stride_out, HK=num_kv_heads, GROUP=group,
-            GROUP_PAD=max(16, triton.next_power_of_2(group)), D=head_dim, D_PAD=head_dim_pad, BLOCK_SIZE=block_size,
-            BLOCK_N=block_n, SPLITS=splits, WINDOW=sliding_window, SOFT_CAP=soft_cap, PRECISION=precision,
-            PDL=pdl, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl,
+        _DECODE.launch(
+            (num_kv_heads, splits, num_decodes),
+            (
+                q, kv_cache, block_table, seq_lens, out, partial, lse, num_blocks, stride_table, qk_scale, v_scale,
+            ),
+            (
+                stride_q, stride_out, num_kv_heads, group, max(16, triton.next_power_of_2(group)), head_dim,
+                head_dim_pad, block_size, block_n, splits, sliding_window, soft_cap, precision, pdl,
+            ),
+            num_warps,
+            num_stages,
+            pdl,
         )  # fmt: skip
         if splits > 1:
-            _merge_kernel[(num_heads, num_decodes)](
-                partial, lse, seq_lens, out, STRIDE_OUT=stride_out, HQ=num_heads, D=head_dim, D_PAD=head_dim_pad,
-                BLOCK_N=block_n, SPLITS=splits, SPLITS_PAD=max(2, splits), WINDOW=sliding_window,
-                PDL=pdl, num_warps=4 if splits > 16 else 1, launch_pdl=pdl,
-            )  # fmt: skip
+            _MERGE.launch(
+                (num_heads, num_decodes, 1),
+                (partial, lse, seq_lens, out),
+                (
+                    stride_out,
+                    num_heads,
+                    head_dim,
+                    head_dim_pad,
+                    block_n,
+                    splits,
+                    max(2, splits),
+                    sliding_window,
+                    pdl,
+                ),
+                4 if splits > 16 else 1,
+                pdl=pdl,
+            )
     num_prefills = seq_lens.shape[0] - num_decodes
     if num_prefills > 0:
         num_queries = num_tokens - num_decodes
@@ -515,19 +543,31 @@ def paged_attention_triton(
                 2, num_kv_heads * rows_per_head, head_dim, dtype=kv_cache.dtype, device=q.device
             )
             row_starts = torch.empty(num_prefills, dtype=torch.int32, device=q.device)
-            _gather_kernel[(rows_per_head // _GATHER_TILE, num_kv_heads, 2)](
-                kv_cache, block_table, seq_lens, rows, row_starts, num_blocks, rows_per_head, stride_table,
-                num_decodes, num_prefills, HK=num_kv_heads, D=head_dim, BLOCK_SIZE=block_size, TILE=_GATHER_TILE,
-                SEQS_PAD=max(2, triton.next_power_of_2(num_prefills)), num_warps=8,
+            _GATHER.launch(
+                (rows_per_head // _GATHER_TILE, num_kv_heads, 2),
+                (
+                    kv_cache, block_table, seq_lens, rows, row_starts, num_blocks, rows_per_head, stride_table,
+                    num_decodes, num_prefills,
+                ),
+                (
+                    num_kv_heads, head_dim, block_size, _GATHER_TILE, max(2, triton.next_power_of_2(num_prefills)),
+                ),
+                8,
             )  # fmt: skip
             k_rows = TensorDescriptor(rows[0], list(rows.shape[1:]), [head_dim, 1], [block_n, head_dim])
             v_rows = TensorDescriptor(rows[1], list(rows.shape[1:]), [head_dim, 1], [block_n, head_dim])
         tiles = num_queries // (block_m // group) + num_prefills
-        _prefill_kernel[(num_kv_heads, tiles)](
-            q, kv_cache, k_rows, v_rows, row_starts, block_table, query_start, seq_lens, out, num_blocks,
-            rows_per_head, stride_table, num_decodes, num_prefills, qk_scale, v_scale, STRIDE_Q=stride_q,
-            STRIDE_OUT=stride_out, HK=num_kv_heads, GROUP=group, D=head_dim, D_PAD=head_dim_pad,
-            BLOCK_SIZE=block_size, BLOCK_M=block_m, BLOCK_N=block_n, WINDOW=sliding_window, SOFT_CAP=soft_cap,
-            PRECISION=precision, TMA=tma, num_warps=num_warps, num_stages=num_stages,
+        _PREFILL.launch(
+            (num_kv_heads, tiles, 1),
+            (
+                q, kv_cache, k_rows, v_rows, row_starts, block_table, query_start, seq_lens, out, num_blocks,
+                rows_per_head, stride_table, num_decodes, num_prefills, qk_scale, v_scale,
+            ),
+            (
+                stride_q, stride_out, num_kv_heads, group, head_dim, head_dim_pad, block_size, block_m, block_n,
+                sliding_window, soft_cap, precision, tma,
+            ),
+            num_warps,
+            num_stages,
         )  # fmt: skip
     return out

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kubeinfer.kernels.triton_launch import Kernel
+
 if TYPE_CHECKING:
     from kubeinfer.kernels.batch_prep import StepInputs
 
@@ -91,6 +93,10 @@ def _store_kernel(
         tl.store(computed_ptr + row, tl.load(computed_ptr + row, mask=live, other=0) + advance, mask=live)
 
 
+_PREPARE = Kernel(_prepare_kernel)
+_STORE = Kernel(_store_kernel)
+
+
 def prepare_decode_triton(
     row_index: Tensor,
     last_tokens: Tensor,
@@ -100,10 +106,15 @@ def prepare_decode_triton(
     out: StepInputs,
 ) -> None:
     """`kubeinfer.kernels.batch_prep.prepare_decode` on CUDA tensors."""
-    _prepare_kernel[(row_index.shape[0], 1)](
-        row_index, row_index, row_index, last_tokens, block_tables, computed, out.input_ids, out.positions,
-        out.slot_mapping, out.seq_lens, out.block_table, block_tables.shape[1], block_tables.stride(0),
-        out.block_table.stride(0), BLOCK_SIZE=block_size, BLOCK=256, DECODE=True, num_warps=2,
+    _PREPARE.launch(
+        (row_index.shape[0], 1, 1),
+        (
+            row_index, row_index, row_index, last_tokens, block_tables, computed, out.input_ids, out.positions,
+            out.slot_mapping, out.seq_lens, out.block_table, block_tables.shape[1], block_tables.stride(0),
+            out.block_table.stride(0),
+        ),
+        (block_size, 256, True),
+        2,
     )  # fmt: skip
 
 
@@ -119,10 +130,15 @@ def prepare_mixed_triton(
     out: StepInputs,
 ) -> None:
     """`kubeinfer.kernels.batch_prep.prepare_mixed` on CUDA tensors."""
-    _prepare_kernel[(row_index.shape[0], 1 + triton.cdiv(max_query_len, 256))](
-        row_index, query_start, from_table, last_tokens, block_tables, computed, out.input_ids, out.positions,
-        out.slot_mapping, out.seq_lens, out.block_table, block_tables.shape[1], block_tables.stride(0),
-        out.block_table.stride(0), BLOCK_SIZE=block_size, BLOCK=256, DECODE=False, num_warps=2,
+    _PREPARE.launch(
+        (row_index.shape[0], 1 + triton.cdiv(max_query_len, 256), 1),
+        (
+            row_index, query_start, from_table, last_tokens, block_tables, computed, out.input_ids, out.positions,
+            out.slot_mapping, out.seq_lens, out.block_table, block_tables.shape[1], block_tables.stride(0),
+            out.block_table.stride(0),
+        ),
+        (block_size, 256, False),
+        2,
     )  # fmt: skip
 
 
@@ -131,7 +147,9 @@ def store_sampled_triton(
 ) -> None:
     """`kubeinfer.kernels.batch_prep.store_sampled` on CUDA tensors."""
     size = row_index.shape[0]
-    _store_kernel[(triton.cdiv(size, 256),)](
-        row_index, sampled, last_tokens, computed if computed is not None else row_index, size, advance,
-        BLOCK=256, ADVANCE=computed is not None, num_warps=4,
-    )  # fmt: skip
+    _STORE.launch(
+        (triton.cdiv(size, 256), 1, 1),
+        (row_index, sampled, last_tokens, computed if computed is not None else row_index, size, advance),
+        (256, computed is not None),
+        4,
+    )

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kubeinfer.kernels.triton_launch import Kernel
+
 
 @triton.jit(do_not_specialize=["vocab_start", "vocab_end"])
 def _embedding_kernel(
@@ -29,21 +31,19 @@ def _embedding_kernel(
     tl.store(out_ptr + t * H + columns, row, mask=mask)
 
 
+_EMBEDDING = Kernel(_embedding_kernel)
+
+
 def embedding_triton(ids: Tensor, weight: Tensor, vocab_start: int, vocab_end: int) -> Tensor:
     """`kubeinfer.kernels.embedding.vocab_parallel_embedding` on CUDA tensors."""
     num_tokens, width = ids.shape[0], weight.shape[1]
     out = torch.empty(num_tokens, width, dtype=weight.dtype, device=weight.device)
     if num_tokens:
         block = min(1024, triton.next_power_of_2(width))
-        _embedding_kernel[(num_tokens, triton.cdiv(width, block))](
-            ids,
-            weight,
-            out,
-            vocab_start,
-            vocab_end,
-            STRIDE_WEIGHT=weight.stride(0),
-            H=width,
-            BLOCK=block,
-            num_warps=2,
+        _EMBEDDING.launch(
+            (num_tokens, triton.cdiv(width, block), 1),
+            (ids, weight, out, vocab_start, vocab_end),
+            (weight.stride(0), width, block),
+            2,
         )
     return out

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
-from kubeinfer.kernels.triton_launch import overlaps_launches
+from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -39,8 +39,8 @@ def _gemv_kernel(
     base = weight_ptr + rows.to(tl.int64)[:, None] * STRIDE + lanes[None, :]
     w = tl.load(base, mask=inside & (lanes < K)[None, :], other=0.0, eviction_policy="evict_first")
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         x = tl.load(x_ptr + start + lanes, mask=start + lanes < K, other=0.0).to(tl.float32)
@@ -56,13 +56,20 @@ def _gemv_kernel(
     tl.store(out_ptr + rows, result.to(out_ptr.dtype.element_ty), mask=rows < n)
 
 
+_GEMV = Kernel(_gemv_kernel)
+
+
 @functools.cache
 def _config(n: int, k: int) -> tuple[int, int, int]:
     """``BLOCK_N``, ``BLOCK_K`` and warps."""
-    found = tuned.lookup("gemv", f"{n}x{k}", f"k{k}")
+    found = tuned.lookup("gemv", f"{n}x{k}")
     if found is not None:
         return found["block_n"], found["block_k"], found["num_warps"]
-    return (4, 1024, 4) if k <= 1024 else (2, 2048, 4)
+    if k <= 1024:
+        return (2, 1024, 4) if n < 1024 else (4, 1024, 4)
+    if k > 8192:
+        return 1, 4096, 4
+    return 4, 1024, 2
 
 
 def gemv_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -72,8 +79,11 @@ def gemv_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
         out = torch.empty(1, n, dtype=x.dtype, device=x.device)
     block_n, block_k, num_warps = _config(n, k)
     pdl = overlaps_launches()
-    _gemv_kernel[(triton.cdiv(n, block_n),)](
-        x, weight, bias if bias is not None else x, out, n, K=k, STRIDE=weight.stride(0), BLOCK_N=block_n,
-        BLOCK_K=block_k, HAS_BIAS=bias is not None, PDL=pdl, num_warps=num_warps, launch_pdl=pdl,
-    )  # fmt: skip
+    _GEMV.launch(
+        (triton.cdiv(n, block_n), 1, 1),
+        (x, weight, bias if bias is not None else x, out, n),
+        (k, weight.stride(0), block_n, block_k, bias is not None, pdl),
+        num_warps,
+        pdl=pdl,
+    )
     return out

@@ -1,26 +1,33 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""What the current GPU allows in the launch of a kernel."""
+"""Launching Triton kernels with little host time, and what the current GPU allows."""
 
 from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import torch
+import triton
+from torch import Tensor
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The compiled kernel's own calling convention is used below; another release may have another.
+_KNOWN_RELEASE = triton.__version__.startswith("3.6.")
 
 
 @functools.cache
 def _hopper() -> bool:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return False
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return not _INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def overlaps_launches() -> bool:
     """Programmatic dependent launch: a kernel's programs get in place while the one before it finishes.
 
-    Each kernel launched so calls ``gdc_wait`` before it touches memory, in every program: what follows it may rely on
-    all that came before.
+    The rule that keeps it right: every program of a kernel launched so calls ``gdc_wait``, and ``gdc_launch_dependents``
+    only after it. Then all kernels but the one before are complete when a program starts, and that one too after the
+    wait: weights and the step's tables may be read before, the previous kernel's output only after, and nothing may be
+    written before.
     """
     return _hopper()
 
@@ -28,3 +35,50 @@ def overlaps_launches() -> bool:
 def has_tensor_memory_accelerator() -> bool:
     """Tensor descriptors are fetched by the copy engine."""
     return _hopper()
+
+
+class Kernel:
+    """A Triton kernel whose repeated launches skip Triton's argument binding (10 to 20 microseconds each).
+
+    The kernel's signature has all runtime parameters first, then the constants; its integers are in
+    ``do_not_specialize``. A variant is compiled for each tuple of constants and of argument types; arguments that are
+    not 16-byte aligned take Triton's own way.
+    """
+
+    def __init__(self, function: Any):
+        self._function = function
+        self._variants: dict[tuple[Any, ...], Any] = {}
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        args: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        num_warps: int,
+        num_stages: int = 3,
+        pdl: bool = False,
+    ) -> None:
+        """Launch on the current stream; ``args`` and ``constants`` in the signature's order."""
+        key: list[Any] = [constants, num_warps, num_stages]
+        aligned = 0
+        for arg in args:
+            if isinstance(arg, Tensor):
+                aligned |= arg.data_ptr()
+                key.append(arg.dtype)
+            else:
+                key.append(type(arg))
+        device = torch.cuda.current_device() if not _INTERPRETED else 0
+        key.append(device)
+        variant = self._variants.get(tuple(key)) if not aligned & 15 else None
+        if variant is not None:
+            variant.run(
+                *grid, torch._C._cuda_getCurrentRawStream(device), variant.function, variant.packed_metadata,
+                None, None, None, *args, *constants,
+            )  # fmt: skip
+            return
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        if pdl:
+            options["launch_pdl"] = True
+        compiled = self._function[grid](*args, *constants, **options)
+        if compiled is not None and _KNOWN_RELEASE and not aligned & 15:
+            self._variants[tuple(key)] = compiled

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kubeinfer.kernels.triton_launch import overlaps_launches
+from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -55,6 +55,9 @@ def _rms_norm_kernel(
     )
 
 
+_RMS_NORM = Kernel(_rms_norm_kernel)
+
+
 @functools.cache
 def _config(width: int, few_rows: bool) -> tuple[int, int, int]:
     """Padded width, rows a program and warps."""
@@ -85,9 +88,11 @@ def rms_norm_triton(
     padded, rows, num_warps = _config(width, num_rows <= 512)
     other = residual if residual is not None else x
     pdl = overlaps_launches()
-    _rms_norm_kernel[(-(-num_rows // rows),)](
-        x, other, weight, out, num_rows, eps, STRIDE_X=x.stride(0), STRIDE_RESIDUAL=other.stride(0),
-        STRIDE_OUT=out.stride(0), H=width, H_PAD=padded, ROWS=rows, ADD=residual is not None, PDL=pdl,
-        num_warps=num_warps, launch_pdl=pdl,
-    )  # fmt: skip
+    _RMS_NORM.launch(
+        (triton.cdiv(num_rows, rows), 1, 1),
+        (x, other, weight, out, num_rows, eps),
+        (x.stride(0), other.stride(0), out.stride(0), width, padded, rows, residual is not None, pdl),
+        num_warps,
+        pdl=pdl,
+    )
     return out

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kubeinfer.kernels.triton_launch import overlaps_launches
+from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 
 @triton.jit
@@ -127,6 +127,9 @@ def _rope_kernel(
         _store_page(kv_ptr, page + rest[None, :], other, scale, rest_mask & stored[:, None])
 
 
+_ROPE = Kernel(_rope_kernel)
+
+
 def rope_and_cache_triton(
     q: Tensor,
     k: Tensor,
@@ -155,12 +158,18 @@ def rope_and_cache_triton(
     total = num_tokens * (num_heads + 2 * num_kv_heads)
     rows, num_warps = (4, 1) if total <= 8192 else (16, 2) if head_dim > 64 else (32, 2)
     pdl = overlaps_launches()
-    _rope_kernel[(triton.cdiv(total, rows),)](
-        q, k, v, positions, cos_sin if cos_sin is not None else q, slot_mapping, kv_cache,
-        q_norm_weight if q_norm_weight is not None else q, k_norm_weight if k_norm_weight is not None else q,
-        num_tokens, kv_cache.shape[1], eps, k_scale, v_scale, STRIDE_Q=q.stride(0), STRIDE_K=k.stride(0),
-        STRIDE_V=v.stride(0), HQ=num_heads, HK=num_kv_heads, D=head_dim, HALF=half,
-        HALF_PAD=max(2, triton.next_power_of_2(half)), REST_PAD=max(2, triton.next_power_of_2(head_dim - 2 * half)),
-        BLOCK_SIZE=kv_cache.shape[3], ROWS=rows, HAS_NORM=q_norm_weight is not None, PDL=pdl, num_warps=num_warps,
-        launch_pdl=pdl,
+    _ROPE.launch(
+        (triton.cdiv(total, rows), 1, 1),
+        (
+            q, k, v, positions, cos_sin if cos_sin is not None else q, slot_mapping, kv_cache,
+            q_norm_weight if q_norm_weight is not None else q, k_norm_weight if k_norm_weight is not None else q,
+            num_tokens, kv_cache.shape[1], eps, k_scale, v_scale,
+        ),
+        (
+            q.stride(0), k.stride(0), v.stride(0), num_heads, num_kv_heads, head_dim, half,
+            max(2, triton.next_power_of_2(half)), max(2, triton.next_power_of_2(head_dim - 2 * half)),
+            kv_cache.shape[3], rows, q_norm_weight is not None, pdl,
+        ),
+        num_warps,
+        pdl=pdl,
     )  # fmt: skip

@@ -1,0 +1,215 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
+"""Triton kernel of `kubeinfer.kernels.fused_linear`: linear layers of a few tokens, as fast as their weights are read.
+
+A program owns a few rows of the weight and sums whole rows, so there is one launch and one fixed order of addition. The
+first tiles of weights are fetched before the kernel waits for the one before it (programmatic dependent launch): weights
+never depend on what that computes. What stands around the matrix product costs no launch of its own: the RMS norm before it
+(the row's factor is a scalar that is applied to the sums), bias, the gated activation and the residual addition after it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kubeinfer.kernels import tuned
+from kubeinfer.kernels.triton_launch import overlaps_launches
+
+# Loops of fewer steps are written out: no step then waits for a counter or loads past the end.
+_MOST_UNROLLED = 8
+
+
+@triton.jit
+def _load_tile(base, start, lanes, inside, K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
+    if EVEN_K and EVEN_N:
+        return tl.load(base + start, eviction_policy="evict_first")
+    if EVEN_K:
+        return tl.load(base + start, mask=inside, other=0.0, eviction_policy="evict_first")
+    mask = start + lanes < K
+    if not EVEN_N:
+        mask = mask & inside
+    return tl.load(base + start, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _row(x_ptr, start, lanes, K: tl.constexpr, EVEN_K: tl.constexpr):
+    if EVEN_K:
+        return tl.load(x_ptr + start + lanes).to(tl.float32)
+    return tl.load(x_ptr + start + lanes, mask=start + lanes < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _by_thread(x, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sums of the eight neighbours that one thread holds: a sum then takes one register where products would take eight."""
+    return tl.sum(tl.reshape(x, [ROWS, BLOCK_K // 8, 8]), 2)
+
+
+@triton.jit(do_not_specialize=["n", "eps"])
+def _linear_kernel(
+    x_ptr,
+    norm_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    n,
+    eps,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    STRIDE_OUT: tl.constexpr,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # Of a gated layer a tile holds gate and up rows in turns, BLOCK_N of each.
+    ROWS: tl.constexpr = BLOCK_N * 2 if GATED else BLOCK_N
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    EVEN_K: tl.constexpr = K % BLOCK_K == 0
+    own = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tl.arange(0, ROWS)
+    if GATED:
+        column = tl.program_id(0) * BLOCK_N + tile // 2
+        rows = column + (tile % 2) * n
+    else:
+        column = tl.program_id(0) * BLOCK_N + tile
+        rows = column
+    lanes = tl.arange(0, BLOCK_K)[None, :]
+    inside = (column < n)[:, None]
+    base = weight_ptr + rows.to(tl.int64)[:, None] * STRIDE_W + lanes
+
+    tiles = ()
+    for i in tl.static_range(DEPTH):
+        tiles = tiles + (_load_tile(base, i * BLOCK_K, lanes, inside, K, EVEN_K, EVEN_N),)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rows, mask=column < n, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+    sums = ()
+    squares = ()
+    for _ in tl.static_range(M):
+        sums = sums + (tl.zeros([ROWS, BLOCK_K // 8], tl.float32),)
+        squares = squares + (tl.zeros([1, BLOCK_K // 8], tl.float32),)
+    if UNROLL:
+        for i in tl.static_range(STEPS):
+            w = tiles[0].to(tl.float32)
+            if i + DEPTH < STEPS:
+                ahead = _load_tile(base, (i + DEPTH) * BLOCK_K, lanes, inside, K, EVEN_K, EVEN_N)
+                tiles = tiles[1:] + (ahead,)
+            else:
+                tiles = tiles[1:]
+            if NORM:
+                scale = _row(norm_ptr, i * BLOCK_K, lanes, K, EVEN_K)
+            for m in tl.static_range(M):
+                x = _row(x_ptr + m * STRIDE_X, i * BLOCK_K, lanes, K, EVEN_K)
+                if NORM:
+                    squares = squares[:m] + (squares[m] + _by_thread(x * x, 1, BLOCK_K),) + squares[m + 1 :]
+                    x = x * scale
+                sums = sums[:m] + (sums[m] + _by_thread(w * x, ROWS, BLOCK_K),) + sums[m + 1 :]
+    else:
+        for start in range(0, K, BLOCK_K):
+            w = tiles[0].to(tl.float32)
+            # Past the end nothing is fetched.
+            fetch = start + DEPTH * BLOCK_K + lanes < K
+            if not EVEN_N:
+                fetch = fetch & inside
+            ahead = tl.load(
+                base + (start + DEPTH * BLOCK_K), mask=fetch, other=0.0, eviction_policy="evict_first"
+            )
+            tiles = tiles[1:] + (ahead,)
+            if NORM:
+                scale = _row(norm_ptr, start, lanes, K, EVEN_K)
+            for m in tl.static_range(M):
+                x = _row(x_ptr + m * STRIDE_X, start, lanes, K, EVEN_K)
+                if NORM:
+                    squares = squares[:m] + (squares[m] + _by_thread(x * x, 1, BLOCK_K),) + squares[m + 1 :]
+                    x = x * scale
+                sums = sums[:m] + (sums[m] + _by_thread(w * x, ROWS, BLOCK_K),) + sums[m + 1 :]
+
+    for m in tl.static_range(M):
+        result = tl.sum(sums[m], 1)
+        if NORM:
+            result = result * tl.rsqrt(tl.sum(tl.sum(squares[m], 1), 0) / K + eps)
+        if HAS_BIAS:
+            result += bias
+        if GATED:
+            gate, up = tl.split(tl.reshape(result, [BLOCK_N, 2]))
+            result = gate / (1.0 + tl.exp(-gate)) * up
+        target = out_ptr + m * STRIDE_OUT + own
+        if ADD:
+            result += tl.load(target, mask=own < n, other=0.0).to(tl.float32)
+        tl.store(target, result.to(out_ptr.dtype.element_ty), mask=own < n)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Weight rows and columns a tile, warps, and tiles fetched ahead."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    depth: int
+
+
+@functools.cache
+def find_config(m: int, n: int, k: int, kind: str) -> Config | None:
+    """The configuration for ``m`` tokens; None where cuBLAS is as fast, or nothing is known.
+
+    Tuned entries are for an exact shape, else for all shapes of a ``kind`` (``plain``, ``gated``); ``block_n`` 0 says that
+    cuBLAS won.
+    """
+    m = 1 << (m - 1).bit_length()
+    found = tuned.lookup("linear", f"{kind}/{n}x{k}/m{m}", f"{kind}/m{m}")
+    if found is None or found["block_n"] == 0:
+        return None
+    return Config(**found)
+
+
+def linear_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    config: Config,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    add: bool = False,
+) -> Tensor:
+    """``out = norm(x) @ weight.T + bias``, through the gate where ``gated``, added to ``out`` where ``add``.
+
+    Args:
+        x: ``[M, K]`` of 16-bit numbers, rows contiguous and aligned to 16 bytes; M is small and compiled in.
+        weight: ``[N, K]``, or ``[2 N, K]`` where ``gated`` (gates first); K a multiple of 8.
+        bias: ``[N]`` or ``[2 N]``.
+        out: ``[M, N]``.
+        norm_weight: ``[K]``; None: ``x`` as it is.
+    """
+    m, k = x.shape
+    n = out.shape[1]
+    steps = triton.cdiv(k, config.block_k)
+    unroll = steps * m <= _MOST_UNROLLED
+    pdl = overlaps_launches()
+    _linear_kernel[(triton.cdiv(n, config.block_n),)](
+        x, norm_weight if norm_weight is not None else x, weight, bias if bias is not None else x, out, n, eps,
+        M=m, K=k, STRIDE_X=x.stride(0), STRIDE_W=weight.stride(0), STRIDE_OUT=out.stride(0),
+        NORM=norm_weight is not None, GATED=gated, HAS_BIAS=bias is not None, ADD=add, BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k, EVEN_N=n % config.block_n == 0,
+        DEPTH=min(config.depth, steps), UNROLL=unroll, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,97 @@
+"""Linear layers of a few tokens, alone and fused with norm, gate and residual, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kubeinfer.kernels.fused_linear import add_linear, gated_linear, norm_linear
+from kubeinfer.kernels.linear import few_rows, few_rows_config, linear
+
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+EPS = 1e-5
+# N and K that fit no block, one loop step and many, written out and not.
+SHAPES = [(1, 64), (37, 896), (130, 200), (64, 3584), (9, 4872)]
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
+    assert got.shape == want.shape
+    assert got.dtype == dtype
+    return bool((got.double().cpu() - want).norm() / want.norm() < TOLERANCE[dtype])
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.double()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.double()
+
+
+@pytest.fixture(params=[(4, 256, 1, 2), (2, 512, 2, 1), (1, 1024, 4, 3)])
+def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Every small product takes our kernel, in one of several configurations (on GPUs; else there is nothing to choose)."""
+    if not torch.zeros(1, device=device).is_cuda:
+        if request.param[0] != 4:
+            pytest.skip("the reference has no configurations")
+        return
+    from kubeinfer.kernels import triton_linear
+
+    chosen = triton_linear.Config(*request.param)
+    monkeypatch.setattr(triton_linear, "find_config", lambda *_: chosen)
+
+
+@pytest.mark.usefixtures("config")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize(("m", "with_bias"), [(1, True), (2, False), (3, True), (8, False)])
+def test_fused_linear(device: str, dtype: torch.dtype, n: int, k: int, m: int, with_bias: bool) -> None:
+    torch.manual_seed(n + k + m)
+    x, scale = (torch.randn(m, k) * 2).to(dtype), (torch.rand(k) + 0.5).to(dtype)
+    weight = (torch.randn(n, k) / k**0.5).to(dtype)
+    gate_up = (torch.randn(2 * n, k) / k**0.5).to(dtype)
+    bias = torch.randn(2 * n).to(dtype)
+    residual = torch.randn(m, n).to(dtype)
+
+    def on(t: Tensor) -> Tensor:
+        return t.to(device)
+
+    def dense(y: Tensor, w: Tensor) -> Tensor:
+        return y.double() @ w.double().T + (bias[: w.shape[0]].double() if with_bias else 0)
+
+    some = on(bias[:n]) if with_bias else None
+    both = on(bias) if with_bias else None
+    assert close(linear(on(x), on(weight), some), dense(x, weight), dtype)
+    assert close(norm_linear(on(x), on(scale), EPS, on(weight), some), dense(normed(x, scale), weight), dtype)
+    for y, norm_weight in ((x, None), (normed(x, scale), on(scale))):
+        gate, up = dense(y, gate_up).chunk(2, 1)
+        got = gated_linear(on(x), on(gate_up), both, None, norm_weight, EPS)
+        assert close(got, gate * torch.sigmoid(gate) * up, dtype)
+    total = on(residual.clone())
+    assert add_linear(total, on(x), on(weight), some) is total
+    assert close(total, residual.double() + dense(x, weight), dtype)
+
+
+@pytest.mark.usefixtures("config")
+def test_rows_of_a_wider_tensor(device: str) -> None:
+    wide = torch.randn(4, 3, 256).bfloat16()
+    weight = torch.randn(24, 256).bfloat16()
+    got = linear(wide.to(device)[:, 1], weight.to(device))
+    assert close(got, wide[:, 1].double() @ weight.double().T, torch.bfloat16)
+
+
+def test_cpu_tensors_never_take_the_gpu_kernel() -> None:
+    x, weight = torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert not few_rows(x)
+    assert few_rows_config(x, weight, 8, "plain") is None
+
+
+@pytest.mark.gpu
+def test_only_a_few_aligned_rows_of_16_bits_take_the_gpu_kernel(device: str) -> None:
+    x, weight = torch.zeros(8, 64, dtype=torch.float16), torch.zeros(8, 64, dtype=torch.float16)
+    if not x.to(device).is_cuda:
+        pytest.skip("about CUDA tensors")
+    x, weight = x.to(device), weight.to(device)
+    assert few_rows(x)
+    assert not few_rows(x.float())
+    assert not few_rows(x.repeat(2, 1))
+    assert few_rows_config(x[:, :60], weight[:, :60], 8, "plain") is None
+    assert few_rows_config(x, weight.float(), 8, "plain") is None

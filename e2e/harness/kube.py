@@ -69,6 +69,11 @@ class Kube:
         bundle = {"apiVersion": "v1", "kind": "List", "items": list(objects)}
         self.run("apply", "-f", "-", input=json.dumps(bundle))
 
+    def create(self, *objects: Object) -> None:
+        """`kubectl create`: one request for each object."""
+        bundle = {"apiVersion": "v1", "kind": "List", "items": list(objects)}
+        self.run("create", "--validate=false", "-f", "-", input=json.dumps(bundle), timeout=400)
+
     def patch(self, kind: str, name: str, change: Object) -> None:
         """Merge patch."""
         self.run("patch", kind, name, "--type=merge", "-p", json.dumps(change))

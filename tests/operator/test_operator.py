@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -373,3 +375,41 @@ async def test_reader_says_what_a_service_answers(runtime: Runtime) -> None:
     assert not (await reader.answers(f"http://127.0.0.1:{runtime.port}/nothing", ()))[0]
     assert not (await reader.answers("http://127.0.0.1:9/v1/models", ()))[0]
     await reader.close()
+
+
+async def test_only_the_namespaces_it_is_told(api: FakeApi, runtime: Runtime, kubeconfig: None) -> None:
+    async with running(watch_namespaces=("default", "team")):
+        for namespace in ("default", "team", "other"):
+            meta = {"name": f"in-{namespace}", "namespace": namespace}
+            api.put(*IM, {"metadata": meta, "spec": MODEL["spec"]})
+        await until(lambda: len(api.all("jobs")) == 2)
+        await asyncio.sleep(0.3)
+        assert {job["metadata"]["namespace"] for job in api.all("jobs")} == {"default", "team"}
+        assert "status" not in (api.get("inferencemodels", "in-other", "other") or {})
+
+
+async def test_token_of_the_named_secret_and_no_other(
+    api: FakeApi, runtime: Runtime, kubeconfig: None
+) -> None:
+    asked: list[str] = []
+
+    def gated(question: Question) -> Answer:
+        asked.append(question[3])
+        return HUB if question[3] == "s3cret" else HubError("Forbidden", "a token is needed", False)
+
+    model = {"uri": "hf://acme/smol", "tokenSecretRef": {"name": "hub", "key": "token"}}
+    spec = with_defaults({**MODEL["spec"], "model": model})  # type: ignore[dict-item]
+    async with running(gated):
+        api.put(*IM, {**MODEL, "spec": spec})
+        await until(lambda: status(api, "WeightsReady") == "False Forbidden")
+        assert not api.all("jobs")
+        api.put(
+            "v1",
+            "secrets",
+            {"metadata": {"name": "hub"}, "data": {"token": base64.b64encode(b"s3cret\n").decode()}},
+        )
+        await until(lambda: api.all("jobs"), 30)
+        assert asked[-1] == "s3cret"
+        assert [call for call in api.calls if call == ("GET", "secrets")]
+    text = json.dumps([o for o in api.objects.values() if o["kind"] != "Secret"])
+    assert "s3cret" not in text, "a token is passed on by reference only"

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""The README's GPU table: the fixed workloads on models of published shapes with random weights, greedy.
+
+    python benchmarks/gpu.py [--models qwen2-0.5b,qwen2.5-7b] [--workloads W4,W2,W1,W3,W5] [--tp N] [--reps 2] [--json FILE]
+
+Each model runs in a process of its own. Before the timing of a workload a slice of it is run; of several repetitions, each
+with fresh tokens, all are printed. ``start`` is from the import to an engine that takes requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import shapes
+import workloads as W
+
+
+def run_model(args: argparse.Namespace) -> None:
+    """In a model's process: print a JSON line for the start and each workload repetition."""
+    began = time.perf_counter()
+    from kubeinfer import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as root:
+        folder = shapes.make_shape(args.models, Path(root))
+        began_engine = time.perf_counter()
+        llm = LLM(
+            str(folder), load_format="dummy", dtype="bfloat16", max_model_len=8192, gpu_memory_utilization=0.9,
+            tensor_parallel_size=args.tp,
+        )  # fmt: skip
+    emit(
+        args,
+        event="start",
+        seconds=round(time.perf_counter() - began, 2),
+        engine=round(time.perf_counter() - began_engine, 2),
+    )
+
+    def generate(ids: list[list[int]], outs: list[int]) -> float:
+        params = [
+            SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in outs
+        ]
+        gc.collect()
+        start = time.perf_counter()
+        results = llm.generate([{"prompt_token_ids": x} for x in ids], params, use_tqdm=False)
+        elapsed = time.perf_counter() - start
+        short = sum(len(r.outputs[0].token_ids) != n for r, n in zip(results, outs))
+        if short:
+            raise SystemExit(f"{short} outputs are short")
+        return elapsed
+
+    generate(W.prompts("warm", [(64 + 17 * i, 16) for i in range(32)], 990), [16] * 32)
+    for name in args.workloads.split(","):
+        sizes = W.lengths(name)
+        generate(W.prompts(name, sizes[:64], 7000), [min(n, 32) for _, n in sizes[:64]])
+        for rep in range(args.reps):
+            extra: dict[str, Any] = {}
+            if name == "W4":
+                first = min(generate(W.prompts(name, sizes, 5000 + 10 * rep + i), [1]) for i in range(3))
+                extra["ttft_ms"] = round(1000 * first, 2)
+            elapsed = generate(W.prompts(name, sizes, rep), [n for _, n in sizes])
+            tokens_in, tokens_out = (sum(s[i] for s in sizes) for i in (0, 1))
+            if name == "W4":
+                extra["tpot_ms"] = round(1000 * (elapsed - first) / (tokens_out - 1), 3)
+            emit(
+                args, workload=name, rep=rep, seconds=round(elapsed, 3), in_tok_s=round(tokens_in / elapsed),
+                out_tok_s=round(tokens_out / elapsed), **extra,
+            )  # fmt: skip
+    llm.shutdown()
+
+
+def emit(args: argparse.Namespace, **values: Any) -> None:
+    line = json.dumps({"model": args.models, "tp": args.tp, **values})
+    print(line, flush=True)
+    if args.json:
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="qwen2-0.5b,qwen2.5-7b")
+    parser.add_argument("--workloads", default="W4,W2,W1,W3,W5")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--reps", type=int, default=2)
+    parser.add_argument("--json", help="append the lines to this file")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        run_model(args)
+        return 0
+    code = 0
+    for model in args.models.split(","):
+        command = [sys.executable, __file__, "--child", "--models", model, "--workloads", args.workloads]
+        command += [
+            "--tp",
+            str(args.tp),
+            "--reps",
+            str(args.reps),
+            *(["--json", args.json] if args.json else []),
+        ]
+        code = subprocess.run(command, check=False).returncode or code
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

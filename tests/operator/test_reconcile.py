@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +15,7 @@ from operator_world import COMMIT, CONFIG, Cluster, claim, condition
 
 from kubeinfer_operator import names
 from kubeinfer_operator.builders import runtime as build
+from kubeinfer_operator.builders.job import prune_container
 from kubeinfer_operator.config import Settings
 from kubeinfer_operator.hub import HubError
 from kubeinfer_operator.kube import (
@@ -536,3 +540,52 @@ def test_secrets_of_the_template_stay_within_the_hub_they_are_for() -> None:
     env = cluster.jobs()[0]["spec"]["template"]["spec"]["containers"][0]["env"]
     assert not [e for e in env if "valueFrom" in e]
     assert names.LABEL_MODEL in cluster.jobs()[0]["metadata"]["labels"]
+
+
+def test_a_claim_holds_what_serves_and_what_comes() -> None:
+    cluster = Cluster()
+    cluster.add(CLASSES, {"metadata": {"name": "growing"}, "allowVolumeExpansion": True})
+    cluster.model(storage={"persistentVolumeClaim": {"storageClassName": "growing"}})
+    cluster.serve()
+    assert "initContainers" not in cluster.jobs()[0]["spec"]["template"]["spec"], (
+        "nothing to remove the first time"
+    )
+    before = cluster.deployment()["spec"]["template"]["spec"]["containers"][0]["args"][0].removeprefix(
+        "/models/"
+    )
+    cluster.edit(model={"uri": "hf://acme/smol", "exclude": ["*.txt"]})
+    cluster.settle()
+    assert (
+        cluster.world.get(CLAIMS, "default", "smol-weights")["spec"]["resources"]["requests"]["storage"]
+        == "2Gi"
+    )
+    (job,) = [job for job in cluster.jobs() if not job.get("status")]
+    pod = job["spec"]["template"]["spec"]
+    coming = pod["containers"][0]["args"][pod["containers"][0]["args"].index("--local-dir") + 1].removeprefix(
+        "/models/"
+    )
+    assert sorted(pod["initContainers"][0]["command"][4:]) == sorted([before, coming])
+
+
+def test_removing_old_revisions_from_a_claim(tmp_path: Path) -> None:
+    for name in (
+        "a" * 16,
+        "b" * 16,
+        "c" * 16,
+        "." + "a" * 16 + ".incomplete",
+        "." + "b" * 16 + ".incomplete",
+        "lost+found",
+        "notes",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    command = prune_container(dict.fromkeys(("image", "imagePullPolicy", "securityContext", "volumeMounts", "resources")), ["a" * 16])["command"]  # fmt: skip
+    subprocess.run(
+        [sys.executable, *command[1:3], str(tmp_path), *command[4:]], check=True, capture_output=True
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "." + "a" * 16 + ".incomplete",
+        "a" * 16,
+        "lost+found",
+        "notes",
+    ]

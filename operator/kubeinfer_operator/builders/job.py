@@ -27,6 +27,30 @@ def job_name(claim: str, claim_uid: str, artifact: Artifact) -> str:
     return f"kubeinfer-pull-{names.digest([claim, claim_uid, artifact.folder], 12)}"
 
 
+_PRUNE = """
+import os, re, shutil, sys
+root, keep = sys.argv[1], set(sys.argv[2:])
+for entry in os.scandir(root):
+    # A folder of ours, or what an unfinished download left beside it
+    ours = re.fullmatch("[.]?([0-9a-f]{16})([.]incomplete)?", entry.name)
+    if ours and ours[1] not in keep and entry.is_dir(follow_symlinks=False):
+        print("removing", entry.name, flush=True)
+        shutil.rmtree(entry.path, ignore_errors=True)
+"""
+
+
+def prune_container(pull: dict[str, Any], keep: Sequence[str]) -> dict[str, Any]:
+    """An init container that takes revisions that nothing can go back to off the claim. ``keep``: folders that stay."""
+    return {
+        **{
+            key: pull[key]
+            for key in ("image", "imagePullPolicy", "securityContext", "volumeMounts", "resources")
+        },
+        "name": "prune",
+        "command": ["python", "-c", _PRUNE, names.MODELS_DIR, *keep],
+    }
+
+
 def pull_job(
     name: str,
     model: str,
@@ -35,8 +59,14 @@ def pull_job(
     artifact: Artifact,
     owners: Sequence[dict[str, Any]],
     settings: Settings,
+    *,
+    in_use: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The Job ``name``. Its pods stay after a failure, so that their termination message can be read."""
+    """The Job ``name``. Its pods stay after a failure, so that their termination message can be read.
+
+    ``in_use``: folders of earlier revisions that pods read or may go back to. With any, all others are removed first:
+    a claim of the model's own holds what serves and what comes, however often the model changes.
+    """
     labels = {**names.labels(model, names.COMPONENT_PULLER), f"{names.GROUP}/artifact": artifact.folder}
     vol = volume(model, spec, read_only=False)
     assert vol is not None, claim_of(model, spec)
@@ -49,6 +79,8 @@ def pull_job(
         "volumes": [vol, {"name": "tmp", "emptyDir": {}}],
         **placement(spec),
     }
+    if in_use:
+        pod["initContainers"] = [prune_container(pod["containers"][0], sorted({*in_use, artifact.folder}))]
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

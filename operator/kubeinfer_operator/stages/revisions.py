@@ -49,6 +49,15 @@ def records_of(world: World, model: Manifest) -> list[Manifest]:
     return sorted(mine, key=lambda r: (int(r.get("revision", 0)), r["metadata"]["name"]), reverse=True)
 
 
+def folder_of(record: Manifest) -> str | None:
+    """The folder below the models' directory that a recorded template reads."""
+    arguments = record["data"]["template"]["spec"]["containers"][0]["args"]
+    root = names.MODELS_DIR + "/"
+    return (
+        str(arguments[0]).removeprefix(root).partition("/")[0] if str(arguments[0]).startswith(root) else None
+    )
+
+
 def failure_of(record: Manifest | None) -> Failure | None:
     """The failure recorded for a template. It stands until the spec asks for another template and that one serves."""
     if record is None or _outcome(record) != FAILED:

@@ -24,9 +24,18 @@ _FIELD = "spec.storage.persistentVolumeClaim.storageClassName"
 
 
 def ensure_claim(
-    model: Manifest, spec: InferenceModelSpec, world: World, now: datetime, out: Outcome, total: int | None
+    model: Manifest,
+    spec: InferenceModelSpec,
+    world: World,
+    now: datetime,
+    out: Outcome,
+    total: int | None,
+    copies: int = 1,
 ) -> Manifest | None:
-    """The claim, once it is there and can be used; else None, with the finding that says why not."""
+    """The claim, once it is there and can be used; else None, with the finding that says why not.
+
+    ``total`` bytes come; during a change of revision there are ``copies`` of about that, and a claim that can grow does.
+    """
     namespace, name = key_of(model)
     claim = claim_of(name, spec)
     assert claim is not None
@@ -56,7 +65,12 @@ def ensure_claim(
     if found is not None:
         have = str(found["spec"]["resources"]["requests"]["storage"])
         if quantity(have) >= quantity(need):
-            need = have
+            roomy = (
+                f"{copies * build.claim_bytes(total) // build.GIB}Gi"
+                if total and not (wanted and wanted.size)
+                else have
+            )
+            need = roomy if quantity(roomy) > quantity(have) and _expandable(found, world) else have
         elif not _expandable(found, world):
             text = (
                 f"PersistentVolumeClaim {claim!r} has {have} and {need} are needed, and its StorageClass does not allow "

@@ -35,6 +35,7 @@ from kubeinfer_operator.kube import CLAIMS, JOBS, MODELS, PODS, Manifest
 from kubeinfer_operator.outcome import Annotate, Apply, Delete, Follow, Outcome
 from kubeinfer_operator.plan import Hub, plan
 from kubeinfer_operator.pods import container_status, last_end, problem, puller_error
+from kubeinfer_operator.stages.revisions import folder_of, records_of
 from kubeinfer_operator.stages.storage import ensure_claim
 from kubeinfer_operator.store import key_of
 from kubeinfer_operator.world import World
@@ -227,7 +228,9 @@ class _Stage:
                 unknown(WEIGHTS_READY, "Suspended", "nothing is fetched while spec.suspend is true")
             )
             return None
-        claim = ensure_claim(self.model, self.spec, self.world, self.now, self.out, self.weights.get("total"))
+        copies = len({artifact.folder, *self.in_use()})
+        total = self.weights.get("total")
+        claim = ensure_claim(self.model, self.spec, self.world, self.now, self.out, total, copies)
         if claim is None:
             return None
         name = self.job_name(claim, artifact)
@@ -236,7 +239,14 @@ class _Stage:
         owners = self.owners(artifact)
         if job is None:
             manifest = pull_job(
-                name, self.name, self.namespace, self.spec, artifact, owners, self.world.settings
+                name,
+                self.name,
+                self.namespace,
+                self.spec,
+                artifact,
+                owners,
+                self.world.settings,
+                in_use=self.in_use(),
             )
             self.out.actions.append(Apply(manifest))
             self.under_way("the download begins")
@@ -253,6 +263,12 @@ class _Stage:
             ]
             self.out.actions.append(Annotate(JOBS, self.namespace, name, {"ownerReferences": merged}))
         return self.look_at(job)
+
+    def in_use(self) -> list[str]:
+        """Folders of the model's own claim that pods read, or may go back to."""
+        if not owns_claim(self.spec):
+            return []
+        return [folder for record in records_of(self.world, self.model) if (folder := folder_of(record))]
 
     def here(self, artifact: Artifact) -> bool:
         """Whether a Job for the artifact is there already, done or not."""

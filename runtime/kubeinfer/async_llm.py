@@ -126,6 +126,9 @@ class AsyncLLM:
         self.options = options
         self.model_config = load_model_config(options)
         self.max_waiting_requests = max_waiting_requests
+        self._waiting_since: float | None = (
+            None  # when a message last came, or the first request of a quiet time
+        )
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         loading = self._threads.submit(load_tokenizer, options, self.model_config.path)
         self._client = client if client is not None else make_async_client(options, log_format)
@@ -166,6 +169,13 @@ class AsyncLLM:
         return len(self._streams) + self._admitted
 
     @property
+    def silent_for(self) -> float:
+        """Seconds since the engine was last heard of while it has requests; 0 while it has none."""
+        if not self.num_unfinished or self._waiting_since is None:
+            return 0.0
+        return time.monotonic() - self._waiting_since
+
+    @property
     def death_reason(self) -> str | None:
         """Why the engine died, None while it lives."""
         return self._death_reason or self._client.death_reason
@@ -199,6 +209,8 @@ class AsyncLLM:
                 f"{self.num_unfinished} requests are in flight or waiting, as many as max_waiting_requests allows; try again soon."
             )
         self.start()
+        if not self.num_unfinished:
+            self._waiting_since = time.monotonic()
         processed = await self._process(prompt, params, request_id, priority, cache_salt)
         if request_id in self._streams:
             raise RequestError(f"request_id {request_id!r} is in use by a request in flight.", "request_id")
@@ -297,6 +309,7 @@ class AsyncLLM:
         try:
             while True:
                 message = await self._client.next_outputs()
+                self._waiting_since = time.monotonic()
                 if message.stats is not None:
                     self.stats = message.stats
                     if self.on_stats is not None:

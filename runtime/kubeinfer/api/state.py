@@ -20,6 +20,9 @@ _logger = logging.getLogger("kubeinfer.api")
 
 _LONG_TEXT = 4096  # characters
 
+# Far beyond the longest step (the core also speaks between steps that bring no token): a probe may restart the pod then.
+HUNG_AFTER = 300.0
+
 
 class ServerState:
     """One a server. ``in_flight`` counts requests that generate, from their first byte in to their last out."""
@@ -50,6 +53,14 @@ class ServerState:
         if reason is not None:
             return ApiError(
                 503, f"The engine has stopped: {reason}", code="engine_dead", headers={"retry-after": "10"}
+            )
+        silent = self.engine.silent_for
+        if silent > HUNG_AFTER:
+            return ApiError(
+                503,
+                f"The engine has requests but has finished no step for {silent:.0f} s: it hangs.",
+                code="engine_hung",
+                headers={"retry-after": "10"},
             )
         if self.draining:
             return ApiError(

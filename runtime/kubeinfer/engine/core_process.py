@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 
 import msgspec
@@ -33,6 +34,7 @@ from kubeinfer.errors import KubeinferError
 from kubeinfer.options import EngineOptions
 
 logger = logging.getLogger(__name__)
+_SIGN_OF_LIFE_S = 2.0  # a long prompt's steps bring no token, yet the client must see that they go on
 _IDLE_POLL_MS = 1000  # how soon a core without work sees that its parent is gone
 
 
@@ -50,13 +52,15 @@ class CoreProcess:
 
     def run(self) -> None:
         self.send(CoreReady(self.core.info))
-        steps = 0
+        steps, last_sent = 0, time.monotonic()
         while not self._stopped:
             if self.core.has_work():
                 self._take_messages()
                 outputs = self.core.step()
-                if outputs.outputs:
+                now = time.monotonic()
+                if outputs.outputs or now - last_sent > _SIGN_OF_LIFE_S:
                     self.send(CoreStep(outputs))
+                    last_sent = now
                 steps += 1
                 if steps % 256 == 0:
                     self._check_parent()

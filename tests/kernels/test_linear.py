@@ -11,8 +11,16 @@ from kubeinfer.kernels.linear import few_rows, few_rows_config, linear
 
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPS = 1e-5
-# N and K that fit no block, one loop step and many, written out and not.
-SHAPES = [(1, 64), (37, 896), (130, 200), (64, 3584), (9, 4872)]
+# Tokens, N, K, bias, and on GPUs the tile, warps and prefetch depth: N and K that fit no block; one step, several that are
+# written out, many in a loop; rows that are summed by one warp and by several.
+CASES = [
+    (1, 1, 64, True, (4, 256, 1, 2)),
+    (1, 37, 896, False, (2, 1024, 4, 1)),
+    (1, 130, 3584, True, (4, 512, 2, 3)),
+    (2, 9, 4872, False, (1, 1024, 4, 3)),
+    (3, 64, 200, True, (4, 256, 1, 2)),
+    (8, 37, 3584, False, (2, 512, 2, 2)),
+]
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
@@ -26,24 +34,27 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
     return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.double()
 
 
-@pytest.fixture(params=[(4, 256, 1, 2), (2, 512, 2, 1), (1, 1024, 4, 3)])
-def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Every small product takes our kernel, in one of several configurations (on GPUs; else there is nothing to choose)."""
-    if not torch.zeros(1, device=device).is_cuda:
-        if request.param[0] != 4:
-            pytest.skip("the reference has no configurations")
-        return
-    from kubeinfer.kernels import triton_linear
+def use(monkeypatch: pytest.MonkeyPatch, device: str, config: tuple[int, int, int, int]) -> None:
+    """On GPUs every small product takes our kernel, so configured."""
+    if torch.zeros(1, device=device).is_cuda:
+        from kubeinfer.kernels import triton_linear
 
-    chosen = triton_linear.Config(*request.param)
-    monkeypatch.setattr(triton_linear, "find_config", lambda *_: chosen)
+        monkeypatch.setattr(triton_linear, "find_config", lambda *_: triton_linear.Config(*config))
 
 
-@pytest.mark.usefixtures("config")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize(("m", "with_bias"), [(1, True), (2, False), (3, True), (8, False)])
-def test_fused_linear(device: str, dtype: torch.dtype, n: int, k: int, m: int, with_bias: bool) -> None:
+@pytest.mark.parametrize(("m", "n", "k", "with_bias", "config"), CASES)
+def test_fused_linear(
+    device: str,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    with_bias: bool,
+    config: tuple[int, int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(monkeypatch, device, config)
     torch.manual_seed(n + k + m)
     x, scale = (torch.randn(m, k) * 2).to(dtype), (torch.rand(k) + 0.5).to(dtype)
     weight = (torch.randn(n, k) / k**0.5).to(dtype)
@@ -70,8 +81,8 @@ def test_fused_linear(device: str, dtype: torch.dtype, n: int, k: int, m: int, w
     assert close(total, residual.double() + dense(x, weight), dtype)
 
 
-@pytest.mark.usefixtures("config")
-def test_rows_of_a_wider_tensor(device: str) -> None:
+def test_rows_of_a_wider_tensor(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, device, (4, 256, 1, 1))
     wide = torch.randn(4, 3, 256).bfloat16()
     weight = torch.randn(24, 256).bfloat16()
     got = linear(wide.to(device)[:, 1], weight.to(device))

@@ -44,7 +44,7 @@ def test_rope_and_cache(
 ) -> None:
     torch.manual_seed(random.randrange(1 << 30))
     heads, kinds = random.choice([(4, 4), (14, 2), (9, 3)]), random.choices([torch.int32, torch.int64], k=2)
-    for tokens in (1, 3, 40):
+    for tokens in (1, 33):
         check(device, dtype, head_dim, rotary, normed, fused, fp8, tokens, heads, kinds)
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _LOG2E = 1.4426950408889634
 _MAX_SPLITS = 64
-# Programs the decode grid aims at: a few for each of the 132 multiprocessors, so that uneven contexts even out.
+# Programs the decode grid aims at: about what 132 multiprocessors hold at once.
 _DECODE_PROGRAMS = 528
 _TMA_HEAD_DIMS = (64, 128)
 # Below this the loads by address hide as well, and the gather's launch would cost more than it saves.
@@ -430,12 +430,13 @@ def workspace_rows(max_seqs: int, num_heads: int, num_kv_heads: int) -> int:
 
 
 @functools.cache
-def _decode_config(head_dim: int, few: bool, wide: bool, fp8: bool) -> tuple[int, int, int]:
+def _decode_config(head_dim: int, splits: int, wide: bool, fp8: bool) -> tuple[int, int, int]:
     """``BLOCK_N``, warps and pipeline stages of the decode kernel."""
     if wide:  # fp32: for tests and exactness, not for speed
         return 32, 4, 2
     kind = "fp8" if fp8 else "16bit"
-    found = tuned.lookup("attention", f"decode/d{head_dim}/{kind}/{'few' if few else 'many'}")
+    cut = "whole" if splits == 1 else "few" if splits < 16 else "many"
+    found = tuned.lookup("attention", f"decode/d{head_dim}/{kind}/{cut}")
     if found is not None:
         return found["block_n"], found["num_warps"], found["num_stages"]
     return (64, 4, 3) if head_dim <= 128 else (32, 4, 3)
@@ -487,7 +488,7 @@ def paged_attention_triton(
     if num_decodes > 0:
         pdl = overlaps_launches()
         splits = num_splits(num_decodes, num_kv_heads)
-        block_n, num_warps, num_stages = _decode_config(head_dim, splits >= 16, wide, fp8)
+        block_n, num_warps, num_stages = _decode_config(head_dim, splits, wide, fp8)
         partial, lse = out, out
         if workspace is not None:
             partial, lse = workspace.partial, workspace.lse

@@ -106,6 +106,11 @@ class HubDesk:
         kept = self._kept.get(self.key(question))
         return kept.answer if kept else None
 
+    def due_in(self, question: Question) -> float:
+        """Seconds until the answer that is here is too old to go by."""
+        kept = self._kept.get(self.key(question))
+        return max(kept.at + self._lifetime(kept) - time.monotonic(), 0.0) if kept else 0.0
+
     @staticmethod
     def _lifetime(kept: _Kept) -> float:
         if isinstance(kept.answer, Hub):

@@ -125,7 +125,9 @@ _WAITING = (
 )
 
 
-def _phase(spec: InferenceModelSpec | None, runtime: RuntimeState, findings: dict[str, Finding]) -> str:
+def _phase(
+    spec: InferenceModelSpec | None, runtime: RuntimeState, findings: dict[str, Finding], *, fetching: bool
+) -> str:
     ready = findings[READY]
     blocking = _blocking(list(findings.values()))
     if ready.status == "True":
@@ -138,6 +140,8 @@ def _phase(spec: InferenceModelSpec | None, runtime: RuntimeState, findings: dic
         return "Idle"
     if blocking is None:
         return "Starting"
+    if blocking.type == WEIGHTS_READY and fetching:
+        return "Downloading"  # again, perhaps; the condition says what went wrong before
     if blocking.reason not in _WAITING:
         return "Failed" if blocking.status == "False" else "Pending"
     return {PLANNED: "Planning", WEIGHTS_READY: "Downloading", RUNTIME_READY: "Starting"}.get(
@@ -155,7 +159,7 @@ def _finish(
     for finding in out.findings:
         first.setdefault(finding.type, finding)
     blocking = _blocking(out.findings)
-    out.status["phase"] = _phase(spec, runtime, first)
+    out.status["phase"] = _phase(spec, runtime, first, fetching=out.follow is not None)
     if blocking is not None:
         out.status["message"] = f"{blocking.type}: {blocking.message}"[:512]
     elif first[READY].status != "True":

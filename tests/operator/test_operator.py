@@ -413,3 +413,24 @@ async def test_token_of_the_named_secret_and_no_other(
         assert [call for call in api.calls if call == ("GET", "secrets")]
     text = json.dumps([o for o in api.objects.values() if o["kind"] != "Secret"])
     assert "s3cret" not in text, "a token is passed on by reference only"
+
+
+async def test_a_hub_that_is_away_is_asked_now_and_then(
+    api: FakeApi, runtime: Runtime, kubeconfig: None
+) -> None:
+    asked = 0
+
+    def away(question: Question) -> Answer:
+        nonlocal asked
+        asked += 1
+        time.sleep(0.3)
+        return HubError("NetworkUnreachable", "no route to the hub", False)
+
+    async with running(away) as operator:
+        api.put(*IM, MODEL)
+        await until(lambda: status(api, "Planned") == "False NetworkUnreachable")
+        await asyncio.sleep(7)
+        assert asked == 2, "after five seconds, then after ten"
+        count = operator.metrics.registry.get_sample_value("kubeinfer_operator_reconcile_seconds_count")
+        assert count is not None
+        assert count < 12, "waiting for a hub is not work"

@@ -348,6 +348,34 @@ def test_progress_is_shown() -> None:
     )
 
 
+def test_a_second_attempt_says_what_ended_the_first() -> None:
+    cluster = Cluster()
+    cluster.model()
+    cluster.settle()
+    (job,) = cluster.jobs()
+    cluster.puller_pod(
+        job,
+        {"terminated": {"exitCode": 18, "message": '{"reason": "DownloadStalled", "message": "no byte"}'}},
+    )
+    job = {**copy.deepcopy(job), "status": {"failed": 1, "active": 1}}
+    cluster.add(JOBS, job)
+    cluster.wait(10)
+    again = copy.deepcopy(cluster.puller_pod(job, {"running": {}}))
+    again["metadata"]["name"] += "y"
+    cluster.puller_pod(
+        job,
+        {"terminated": {"exitCode": 18, "message": '{"reason": "DownloadStalled", "message": "no byte"}'}},
+    )
+    cluster.add(
+        PODS, again | {"metadata": {**again["metadata"], "creationTimestamp": "2026-01-01T00:00:20Z"}}
+    )
+    cluster.settle()
+    found = condition(cluster.current(), "WeightsReady")
+    assert found["reason"] == "DownloadStalled"
+    assert "no byte" in found["message"]
+    assert cluster.current()["status"]["phase"] == "Downloading"
+
+
 def test_models_that_share_a_claim_share_the_job() -> None:
     cluster = Cluster()
     cluster.add(CLAIMS, claim("common"))

@@ -109,8 +109,9 @@ class _Stage:
                 if isinstance(answer, HubError):
                     failures.append((source, answer.reason, answer.message))
                     if revision is None:
-                        # The answer ages; look when it is time to ask again.
-                        self.out.look_again(15.0)
+                        # An answer that is too old has been asked for again above; its arrival wakes us.
+                        if due := self.world.desk.due_in(self.question(asked)):
+                            self.out.look_again(due + 0.1)
                         if answer.try_mirror:
                             continue
                         break
@@ -213,7 +214,6 @@ class _Stage:
         if not any(f.type == PLANNED for f in self.out.findings):
             self.out.findings.append(no(PLANNED, reason, said))
         self.out.findings.append(no(WEIGHTS_READY, reason, said))
-        self.out.look_again(15.0)
         return self.state
 
     def fetch(self, artifact: Artifact) -> tuple[str, str] | None:

@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Any
 
 import uvicorn
+from prometheus_client import disable_created_metrics
 
 from kubeinfer_gateway.access_log import AccessLog
 from kubeinfer_gateway.app import create_internal_app, create_public_app
@@ -252,6 +253,7 @@ async def run(options: GatewayOptions) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     _raise_file_limit()
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
     await gateway.start()
     gc.freeze()  # what is here by now stays; the collector need not look at it again and again
     logger.info("listening on %s:%d, internal port %d", options.host, gateway.port, gateway.internal_port)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from importlib import resources
+
 import pytest
 import torch
 from torch import Tensor
 
+from kubeinfer.kernels import tuned
 from kubeinfer.kernels.fused_linear import add_linear, gated_linear, norm_linear
 from kubeinfer.kernels.linear import few_rows, few_rows_config, linear
 
@@ -106,3 +110,15 @@ def test_only_a_few_aligned_rows_of_16_bits_take_the_gpu_kernel(device: str) -> 
     assert not few_rows(x.repeat(2, 1))
     assert few_rows_config(x[:, :60], weight[:, :60], 8, "plain") is None
     assert few_rows_config(x, weight.float(), 8, "plain") is None
+
+
+def test_tuned_tiles_give_each_thread_eight_neighbours() -> None:
+    """What the kernel's sums in registers need: a step of 8 columns for each of 32 lanes of every warp, a power of two."""
+    table = json.loads((resources.files(tuned) / "linear.json").read_text())
+    assert table
+    for key, entry in table.items():
+        assert set(entry) == {"block_n", "block_k", "num_warps", "depth"}, key
+        if entry["block_n"]:
+            assert entry["block_k"] == 256 * entry["num_warps"], key
+            assert entry["block_n"].bit_count() == entry["num_warps"].bit_count() == 1, key
+            assert entry["depth"] >= 1, key

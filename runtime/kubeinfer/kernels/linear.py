@@ -1,14 +1,21 @@
-"""Dense matrix products: cuBLAS on GPUs, our own kernel or oneDNN on CPUs."""
+"""Dense matrix products: cuBLAS on GPUs, our own kernel for a few tokens; our own kernel or oneDNN on CPUs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kubeinfer.kernels.cpu import library as cpu
+
+if TYPE_CHECKING:
+    from kubeinfer.kernels.triton_linear import Config
+
+# The most tokens that our GPU kernel takes.
+MAX_FEW_ROWS = 8
 
 
 @dataclass(slots=True)
@@ -38,8 +45,42 @@ def linear(
 
     ``out`` (without a bias, on GPUs) is written where given, and returned.
     """
+    config = few_rows_config(x, weight, weight.shape[0], "plain")
+    if config is not None:
+        from kubeinfer.kernels.triton_linear import linear_triton
+
+        return linear_triton(x, weight, bias, _new(x, weight.shape[0]) if out is None else out, config)
     if out is not None:
         return torch.mm(x, weight.t(), out=out)
     if packed is not None:
         return cpu.linear(x, packed.data, packed.out_features, bias)
     return F.linear(x, weight, bias)
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether ``x`` is a few tokens of 16-bit numbers on a GPU: what our kernel may serve."""
+    return (
+        x.is_cuda
+        and x.dim() == 2
+        and 0 < x.shape[0] <= MAX_FEW_ROWS
+        and x.dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+def few_rows_config(x: Tensor, weight: Tensor, n: int, kind: str) -> Config | None:
+    """The launch configuration of our GPU kernel for this product; None where cuBLAS serves it.
+
+    ``n`` outputs; ``kind`` is ``plain`` or ``gated`` (then ``weight`` has ``2 n`` rows).
+    """
+    if not few_rows(x) or weight.dtype != x.dtype or weight.stride(-1) != 1 or x.stride(1) != 1:
+        return None
+    k = x.shape[1]
+    if k % 8 or x.stride(0) % 8 or weight.stride(0) % 8:
+        return None
+    from kubeinfer.kernels.triton_linear import find_config
+
+    return find_config(x.shape[0], n, k, kind)
+
+
+def _new(x: Tensor, n: int) -> Tensor:
+    return torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)

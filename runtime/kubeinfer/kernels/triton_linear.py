@@ -1,4 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment,misc"
 # ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
 """Triton kernel of `kubeinfer.kernels.fused_linear`: linear layers of a few tokens, as fast as their weights are read.
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
-from kubeinfer.kernels.triton_launch import overlaps_launches
+from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 # Loops of fewer steps are written out: no step then waits for a counter or loads past the end.
 _MOST_UNROLLED = 8
@@ -97,8 +98,8 @@ def _linear_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + rows, mask=column < n, other=0.0).to(tl.float32)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
 
     sums = ()
     squares = ()
@@ -156,6 +157,9 @@ def _linear_kernel(
         tl.store(target, result.to(out_ptr.dtype.element_ty), mask=own < n)
 
 
+_LINEAR = Kernel(_linear_kernel)
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """Weight rows and columns a tile, warps, and tiles fetched ahead."""
@@ -170,11 +174,11 @@ class Config:
 def find_config(m: int, n: int, k: int, kind: str) -> Config | None:
     """The configuration for ``m`` tokens; None where cuBLAS is as fast, or nothing is known.
 
-    Tuned entries are for an exact shape, else for all shapes of a ``kind`` (``plain``, ``gated``); ``block_n`` 0 says that
-    cuBLAS won.
+    Tuned entries are for an exact shape, else for all of a ``kind`` (``plain``, ``gated``) whose K rounds up to the same power
+    of two; ``block_n`` 0 says that cuBLAS won.
     """
     m = 1 << (m - 1).bit_length()
-    found = tuned.lookup("linear", f"{kind}/{n}x{k}/m{m}", f"{kind}/m{m}")
+    found = tuned.lookup("linear", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
     if found is None or found["block_n"] == 0:
         return None
     return Config(**found)
@@ -205,11 +209,13 @@ def linear_triton(
     steps = triton.cdiv(k, config.block_k)
     unroll = steps * m <= _MOST_UNROLLED
     pdl = overlaps_launches()
-    _linear_kernel[(triton.cdiv(n, config.block_n),)](
+    args = (
         x, norm_weight if norm_weight is not None else x, weight, bias if bias is not None else x, out, n, eps,
-        M=m, K=k, STRIDE_X=x.stride(0), STRIDE_W=weight.stride(0), STRIDE_OUT=out.stride(0),
-        NORM=norm_weight is not None, GATED=gated, HAS_BIAS=bias is not None, ADD=add, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, EVEN_N=n % config.block_n == 0,
-        DEPTH=min(config.depth, steps), UNROLL=unroll, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
     )  # fmt: skip
+    constants = (
+        m, k, x.stride(0), weight.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None, add,
+        config.block_n, config.block_k, n % config.block_n == 0, min(config.depth, steps), unroll, pdl,
+    )  # fmt: skip
+    grid = (triton.cdiv(n, config.block_n), 1, 1)
+    _LINEAR.launch(grid, args, constants, config.num_warps, pdl=pdl)
     return out

@@ -81,8 +81,16 @@ class SelfAttention:
 
     def __call__(self, hidden: Tensor, step: StepContext) -> Tensor:
         """``hidden [T, H]`` -> ``[T, H]``; this step's keys and values are written to the cache."""
-        tokens = hidden.shape[0]
-        qkv = self.qkv(hidden).view(tokens, -1, self.head_dim)
+        return self.out(self._attend(self.qkv(hidden), step))
+
+    def add_to(self, residual: Tensor, norm: RMSNorm, step: StepContext) -> Tensor:
+        """``residual += self(norm(residual))`` in place; a group of one rank only."""
+        return self.out.add_to(residual, self._attend(self.qkv.after_norm(residual, norm), step))
+
+    def _attend(self, projected: Tensor, step: StepContext) -> Tensor:
+        """Queries, keys and values side by side ``[T, (Hq + 2 Hkv) D]`` -> ``[T, Hq D]``."""
+        tokens = projected.shape[0]
+        qkv = projected.view(tokens, -1, self.head_dim)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         cache = step.kv_caches[self.layer]
         rope_and_cache(
@@ -91,11 +99,11 @@ class SelfAttention:
             k_norm_weight=self.k_norm.weight if self.k_norm else None,
             eps=self._eps,
         )  # fmt: skip
-        out = torch.empty(tokens, self.num_heads, self.head_dim, dtype=hidden.dtype, device=hidden.device)
+        out = torch.empty(tokens, self.num_heads, self.head_dim, dtype=q.dtype, device=q.device)
         paged_attention(
             q, cache, step.query_start, step.seq_lens, step.block_table, out,
             scale=self.scale, max_query_len=step.max_query_len, max_seq_len=step.max_seq_len,
             sliding_window=self.window, num_decodes=step.num_decodes, workspace=step.workspace,
             prefill_kv_tokens=step.prefill_kv_tokens,
         )  # fmt: skip
-        return self.out(out.view(tokens, -1))
+        return out.view(tokens, -1)

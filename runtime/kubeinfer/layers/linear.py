@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from kubeinfer.errors import OptionError
+from kubeinfer.kernels.fused_linear import add_linear, gated_linear, norm_linear
 from kubeinfer.kernels.linear import PackedWeight, linear, pack_weight
+from kubeinfer.layers.norm import RMSNorm
 from kubeinfer.layers.parameters import ParameterStore
 
 
@@ -25,6 +27,10 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, self._packed)
+
+    def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """This layer of ``norm(x)``."""
+        return norm_linear(x, norm.weight, norm.eps, self.weight, self.bias, self._packed)
 
 
 class ReplicatedLinear(Linear):
@@ -54,6 +60,21 @@ class ColumnLinear(Linear):
             if self.bias is not None:
                 store.expect(f"{name}.bias", self.bias.narrow(0, offset, length), 0, rank * length, length)
             offset += length
+
+
+class GatedLinear(ColumnLinear):
+    """``silu(gate(x)) * up(x)``, gate and up in one weight, outputs split over the ranks."""
+
+    def __init__(
+        self, store: ParameterStore, gate: str, up: str, out_features: int, in_features: int, bias: bool
+    ):
+        super().__init__(store, [gate, up], [out_features, out_features], in_features, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return gated_linear(x, self.weight, self.bias, self._packed)
+
+    def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return gated_linear(x, self.weight, self.bias, self._packed, norm.weight, norm.eps)
 
 
 class QKVLinear(Linear):
@@ -107,6 +128,10 @@ class RowLinear(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.group.all_reduce(linear(x, self.weight, self.bias, self._packed))
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """``residual += self(x)`` in place; a group of one rank only."""
+        return add_linear(residual, x, self.weight, self.bias, self._packed)
 
 
 def check_divisible(total: int, parts: int, what: str) -> None:

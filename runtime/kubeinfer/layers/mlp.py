@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kubeinfer.kernels.activation import silu_and_mul
-from kubeinfer.layers.linear import ColumnLinear, RowLinear
+from kubeinfer.layers.linear import ColumnLinear, GatedLinear, RowLinear
+from kubeinfer.layers.norm import RMSNorm
 from kubeinfer.layers.parameters import ParameterStore
 
 
@@ -17,13 +17,17 @@ class GatedMLP:
     def __init__(
         self, store: ParameterStore, prefix: str, hidden: int, intermediate: int, bias: bool = False
     ):
-        self.gate_up = ColumnLinear(
-            store, [f"{prefix}.gate_proj", f"{prefix}.up_proj"], [intermediate, intermediate], hidden, bias
+        self.gate_up = GatedLinear(
+            store, f"{prefix}.gate_proj", f"{prefix}.up_proj", intermediate, hidden, bias
         )
         self.down = RowLinear(store, f"{prefix}.down_proj", hidden, intermediate, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(silu_and_mul(self.gate_up(x)))
+        return self.down(self.gate_up(x))
+
+    def add_to(self, residual: Tensor, norm: RMSNorm) -> Tensor:
+        """``residual += self(norm(residual))`` in place; a group of one rank only."""
+        return self.down.add_to(residual, self.gate_up.after_norm(residual, norm))
 
 
 class PlainMLP:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kubeinfer.kernels.linear import few_rows
 from kubeinfer.layers.attention import SelfAttention, StepContext
 from kubeinfer.layers.embedding import VocabEmbedding
 from kubeinfer.layers.mlp import GatedMLP
@@ -19,6 +20,7 @@ class DecoderLayer:
     def __init__(self, store: ParameterStore, config: ModelConfig, layer: int, attention: SelfAttention):
         prefix = f"model.layers.{layer}"
         bias = bool(config.hf_config.get("mlp_bias", False))
+        self.alone = store.group.size == 1
         self.attention = attention
         self.mlp = GatedMLP(store, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias)
         self.input_norm = RMSNorm(store, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps)
@@ -26,7 +28,13 @@ class DecoderLayer:
             store, f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps
         )
 
-    def __call__(self, hidden: Tensor, residual: Tensor | None, step: StepContext) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, hidden: Tensor, residual: Tensor | None, step: StepContext
+    ) -> tuple[Tensor, Tensor | None]:
+        if residual is None and self.alone and few_rows(hidden):
+            # Norms and additions ride along with the matrix products, and ``hidden`` is the whole residual stream.
+            self.attention.add_to(hidden, self.input_norm, step)
+            return self.mlp.add_to(hidden, self.mlp_norm), None
         hidden, residual = self.input_norm(hidden, residual)
         hidden, residual = self.mlp_norm(self.attention(hidden, step), residual)
         return self.mlp(hidden), residual

@@ -1,0 +1,74 @@
+"""Linear layers with what stands before and after them: RMS norm, gated activation, residual addition.
+
+A few tokens on a GPU take one kernel each (`kubeinfer.kernels.triton_linear`), which also spares the rounding between the
+parts; all else runs the parts one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kubeinfer.kernels.activation import silu_and_mul
+from kubeinfer.kernels.linear import PackedWeight, few_rows_config, linear
+from kubeinfer.kernels.norm import rms_norm
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    packed: PackedWeight | None = None,
+) -> Tensor:
+    """``rms_norm(x) @ weight.T + bias``: ``x [T, K]``, ``weight [N, K]`` -> ``[T, N]`` in ``x``'s dtype."""
+    config = few_rows_config(x, weight, weight.shape[0], "plain")
+    if config is None:
+        return linear(rms_norm(x, norm_weight, eps), weight, bias, packed)
+    from kubeinfer.kernels.triton_linear import linear_triton
+
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    return linear_triton(x, weight, bias, out, config, norm_weight, eps)
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    packed: PackedWeight | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """``silu(gate) * up`` of one projection: ``x [T, K]``, ``weight [2 I, K]`` (gates first) -> ``[T, I]``.
+
+    With a ``norm_weight [K]``, of ``rms_norm(x)``.
+    """
+    inner = weight.shape[0] // 2
+    config = few_rows_config(x, weight, inner, "gated")
+    if config is None:
+        if norm_weight is not None:
+            x = rms_norm(x, norm_weight, eps)
+        return silu_and_mul(linear(x, weight, bias, packed))
+    from kubeinfer.kernels.triton_linear import linear_triton
+
+    out = torch.empty(x.shape[0], inner, dtype=x.dtype, device=x.device)
+    return linear_triton(x, weight, bias, out, config, norm_weight, eps, gated=True)
+
+
+def add_linear(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    packed: PackedWeight | None = None,
+) -> Tensor:
+    """``residual += x @ weight.T + bias`` in place, and returned: ``residual [T, N]``, ``x [T, K]``, ``weight [N, K]``."""
+    config = few_rows_config(x, weight, weight.shape[0], "plain")
+    if config is None:
+        if packed is None and bias is None:
+            return residual.addmm_(x, weight.t())
+        return residual.add_(linear(x, weight, bias, packed))
+    from kubeinfer.kernels.triton_linear import linear_triton
+
+    return linear_triton(x, weight, bias, residual, config, add=True)

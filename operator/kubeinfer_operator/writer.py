@@ -24,7 +24,9 @@ class Refusal(Exception):
     def __init__(self, action: Action, error: KubeError) -> None:
         what = action.manifest["kind"] if isinstance(action, Apply) else action.kind.kind
         name = action.manifest["metadata"]["name"] if isinstance(action, Apply) else action.name
-        super().__init__(f"the API server refuses {what} {name}: {error.message}")
+        # Some refusals go on with a dump of the object.
+        said = error.message.strip().splitlines()[0][:400] if error.message.strip() else error.reason
+        super().__init__(f"the API server refuses {what} {name}: {said}")
         self.status = error.status
 
 

@@ -582,6 +582,14 @@ def test_a_claim_holds_what_serves_and_what_comes() -> None:
         "/models/"
     )
     cluster.edit(model={"uri": "hf://acme/smol", "exclude": ["*.txt"]})
+    held = copy.deepcopy(cluster.world.get(CLAIMS, "default", "smol-weights"))
+    held["status"] = {"phase": "Pending"}
+    cluster.add(CLAIMS, held)
+    cluster.reconcile()
+    assert cluster.world.get(CLAIMS, "default", "smol-weights")["spec"] == held["spec"], (
+        "only a bound claim can grow"
+    )
+    cluster.add(CLAIMS, held | {"status": {"phase": "Bound"}})
     cluster.settle()
     assert (
         cluster.world.get(CLAIMS, "default", "smol-weights")["spec"]["resources"]["requests"]["storage"]

@@ -133,6 +133,8 @@ def _class_of(claim: Manifest, world: World) -> Manifest | None:
 
 
 def _expandable(claim: Manifest, world: World) -> bool:
+    if claim.get("status", {}).get("phase") != "Bound":
+        return False  # the API server lets only a bound claim grow
     if not world.capabilities.storage_classes:
         return True
     found = _class_of(claim, world)

@@ -23,7 +23,7 @@ from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.attention import decode_workspace, paged_attention
 from kubeinfer.kernels.batch_prep import prepare_decode, step_inputs, store_sampled
 from kubeinfer.kernels.embedding import vocab_parallel_embedding
-from kubeinfer.kernels.gemv import gemv
+from kubeinfer.kernels.linear import linear
 from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm
 from kubeinfer.kernels.rope import rope_and_cache
 from kubeinfer.kernels.sampling import apply_penalties, logprobs, sample
@@ -228,7 +228,7 @@ def one_token_linears(table: Table) -> None:
             torch.randn(n, k, device=DEVICE, dtype=BF16)
             for _ in range(max(2, min(64, (300 << 20) // (n * k * 2))))
         ]
-        table.row(f"gemv {n} x {k}", n * k * 2, *(partial(gemv, x, w) for w in weights))
+        table.row(f"linear, one token, {n} x {k}", n * k * 2, *(partial(linear, x, w) for w in weights))
         table.row(
             f"cuBLAS {n} x {k}", n * k * 2, *(partial(torch.nn.functional.linear, x, w) for w in weights)
         )
@@ -243,7 +243,7 @@ def host_costs(block_size: int) -> None:
     )
     qkv = torch.randn(8, 18, 64, device=DEVICE, dtype=BF16)
     calls: dict[str, Callable[[], object]] = {
-        "gemv": partial(gemv, x[:1], torch.randn(896, 896, device=DEVICE, dtype=BF16)),
+        "linear": partial(linear, x[:1], torch.randn(896, 896, device=DEVICE, dtype=BF16)),
         "torch.add": partial(torch.add, x, x, out=out),
         "rms_norm": partial(rms_norm, x, weight, 1e-6, out),
         "silu_and_mul": partial(silu_and_mul, gate, up),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,3 +165,41 @@ def test_tensor_parallel_tokens_equal_one_gpus(name: str, size: int) -> None:
     many = make(path, "cuda", max_num_seqs=16, tensor_parallel_size=size)
     assert generate(many, prompts, 16) == expected
     many.shutdown()
+
+
+def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path) -> None:
+    """Fused few-token kernels against the path of whole prompts: the same tokens score the same either way."""
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 3, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 20000,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "rope_theta": 1e6, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    client = make_client(
+        EngineOptions(
+            model=str(tmp_path),
+            device="cuda",
+            load_format="dummy",
+            kv_cache_memory_bytes=2**28,
+            max_num_seqs=8,
+        )
+    )
+    rng = random.Random(8)
+    for batch in (1, 2, 4):
+        prompts = [[rng.randrange(20000) for _ in range(30)] for _ in range(batch)]
+        client.add_requests([request(str(i), p, 24, logprobs=0) for i, p in enumerate(prompts)])
+        tokens: dict[str, list[int]] = {str(i): [] for i in range(batch)}
+        scores: dict[str, list[float]] = {str(i): [] for i in range(batch)}
+        while client.has_unfinished_requests():
+            for output in client.step().outputs:
+                tokens[output.request_id] += output.new_token_ids
+                scores[output.request_id] += [entry.logprobs[0] for entry in output.logprobs or ()]
+        for i, prompt in enumerate(prompts):
+            client.add_requests([request("again", prompt + tokens[str(i)], 1, prompt_logprobs=0)])
+            while client.has_unfinished_requests():
+                for output in client.step().outputs:
+                    again = [
+                        entry.logprobs[0] for entry in (output.prompt_logprobs or ()) if entry is not None
+                    ]
+            assert again[-24:] == pytest.approx(scores[str(i)], abs=0.08)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kubeinfer_operator import names
-from kubeinfer_operator.conditions import READY, RUNTIME_READY, Finding, find, merge, transitions
+from kubeinfer_operator.conditions import ACCEPTED, READY, RUNTIME_READY, Finding, find, merge, transitions
 from kubeinfer_operator.config import Settings
 from kubeinfer_operator.hub import Question
 from kubeinfer_operator.kube import CLASSES, MODELS, NODES, SECRETS, Kind, Kube, KubeError, Manifest
@@ -303,6 +303,8 @@ def _shares(model: Manifest) -> bool:
 def worth_telling(condition: dict[str, Any], before: dict[str, Any] | None) -> bool:
     """Whether a transition makes an Event: steps on the way are left out, and Ready=False that another one explains."""
     if condition["status"] == "Unknown" or condition["reason"] in QUIET_REASONS:
+        return False
+    if condition["type"] == ACCEPTED and condition["status"] == "True" and before is None:
         return False
     if condition["type"] == READY and condition["status"] == "False":
         return before is not None and before["status"] == "True"

@@ -191,7 +191,7 @@ async def test_from_apply_to_ready_to_gone(api: FakeApi, runtime: Runtime, kubec
         assert model["status"]["weights"]["revision"] == COMMIT
         assert "finalizers" not in model["metadata"], "a stopped operator must not hold up a deletion"
         assert not model["metadata"].get("annotations"), "nothing is remembered in annotations"
-        told = {"Accepted", "Fits", "Downloading", "Downloaded", "Running", "Answering"}
+        told = {"Fits", "Downloading", "Downloaded", "Running", "Answering"}
         await until(lambda: told <= {event["reason"] for event in api.all("events")})
         calls = len(api.calls)
         await asyncio.sleep(1.5)

@@ -481,6 +481,11 @@ def test_suspended() -> None:
     assert cluster.current()["status"]["phase"] == "Suspended"
     assert cluster.jobs() == []
     assert list(cluster.world.caches[CLAIMS]) == []
+    cluster.model("given", model={"uri": "file:///models/x"}, suspend=True)
+    cluster.settle("given")
+    assert cluster.current("given")["status"]["phase"] == "Suspended"
+    assert condition(cluster.current("given"), "Ready")["reason"] == "Suspended"
+    assert {kind for kind, _ in cluster.writes} == {"status"}
     cluster.edit(suspend=False)
     cluster.serve()
     assert cluster.current()["status"]["phase"] == "Ready"

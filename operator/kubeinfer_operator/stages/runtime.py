@@ -75,6 +75,12 @@ def run_runtime(
             )
         return observe(model, world, out, replicas, deployed, held=True)
 
+    if spec.suspend and deployment is None:
+        out.findings.append(
+            unknown(RUNTIME_READY, "Suspended", "nothing is started while spec.suspend is true")
+        )
+        return observe(model, world, out, replicas, None, held=True)
+
     wanted = build.template_key(name, spec, weights.wanted)
     record = world.get(REVISIONS, namespace, names.revision_name(name, wanted))
     if record is not None and not owned_by(record, model):

@@ -18,6 +18,7 @@ from torch import Tensor
 from kubeinfer.kernels.attention import DecodeWorkspace
 from kubeinfer.kernels.sampling import sample
 from kubeinfer.layers.attention import StepContext
+from kubeinfer.worker.packing import Packing
 from kubeinfer.worker.tables import RowTables
 
 DECODES = (0, 8, 32, 64)
@@ -30,6 +31,7 @@ class _Shape:
 
     decodes: int
     tokens: int
+    packing: Packing
     buffer: Tensor
     fields: dict[str, Tensor]
     graph: Any = None
@@ -80,9 +82,9 @@ class MixedGraphs:
             "positions": total,
             "slots": total,
         }
-        buffer = torch.zeros(sum(sizes.values()), dtype=torch.int32, device=self.tables.device)
-        views = dict(zip(sizes, buffer.split(list(sizes.values()))))
-        return _Shape(decodes, tokens, buffer, views)
+        packing = Packing(sizes)
+        buffer = torch.zeros(packing.size, dtype=torch.int32, device=self.tables.device)
+        return _Shape(decodes, tokens, packing, buffer, packing.views(buffer))
 
     def capture(self, pool: Any) -> Any:
         """Capture every shape, the largest first; returns the memory pool they share."""
@@ -148,12 +150,7 @@ class MixedGraphs:
         shape = self._shapes[key]
         spare, chunk = self.tables.spare_row, len(arrays["ids"]) - num_decodes
         host = torch.zeros(shape.buffer.shape, dtype=torch.int32, pin_memory=True)
-        fields = dict(
-            zip(
-                shape.fields,
-                np.split(host.numpy(), np.cumsum([v.shape[0] for v in shape.fields.values()])[:-1]),
-            )
-        )
+        fields = shape.packing.host_views(host.numpy())
         decodes, pad = shape.decodes, shape.decodes - num_decodes
 
         def spread(name: str, empty: int) -> None:

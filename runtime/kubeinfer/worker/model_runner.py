@@ -15,6 +15,7 @@ from kubeinfer.kernels.attention import DecodeWorkspace
 from kubeinfer.layers.attention import StepContext
 from kubeinfer.worker.cuda_graph import DecodeGraphs
 from kubeinfer.worker.mixed_graph import MixedGraphs
+from kubeinfer.worker.packing import pack
 from kubeinfer.worker.sampler import Sampler, token_logprobs
 from kubeinfer.worker.tables import RowTables
 
@@ -165,18 +166,18 @@ class ModelRunner:
     ) -> tuple[Tensor, StepContext]:
         host = self._host_inputs(plan, rows, starts)
         max_seq_len = int(host["seq_lens"].max())
-        device_rows, input_ids, positions, slots, query_start, seq_lens = self._upload(*host.values())
+        inputs = self._upload(host)
         if plan.num_decodes:
-            decoding = device_rows[: plan.num_decodes]
-            input_ids[: plan.num_decodes] = self.tables.last_tokens[decoding].int()
+            decoding = inputs["rows"][: plan.num_decodes]
+            inputs["ids"][: plan.num_decodes] = self.tables.last_tokens[decoding].int()
         # A width of a multiple of 16 keeps to one compiled form of each kernel.
         width = min(-(-max_seq_len // self.block_size // 16) * 16, self.tables.block_table.shape[1])
         step = StepContext(
-            positions=positions,
-            slot_mapping=slots,
-            query_start=query_start,
-            seq_lens=seq_lens,
-            block_table=self.tables.block_table_device[device_rows, :width],
+            positions=inputs["positions"],
+            slot_mapping=inputs["slots"],
+            query_start=inputs["query_start"],
+            seq_lens=inputs["seq_lens"],
+            block_table=self.tables.block_table_device[inputs["rows"], :width],
             max_query_len=max(plan.num_tokens),
             max_seq_len=max_seq_len,
             num_decodes=plan.num_decodes,
@@ -184,7 +185,7 @@ class ModelRunner:
             workspace=self.workspace,
             prefill_kv_tokens=int(host["seq_lens"][plan.num_decodes :].sum()),
         )
-        return input_ids, step
+        return inputs["ids"], step
 
     def _sample(
         self, plan: StepPlan, hidden: Tensor, rows: NDArray[np.int32], starts: NDArray[np.int32]
@@ -230,12 +231,12 @@ class ModelRunner:
             offset += length
         return done or None
 
-    def _upload(self, *arrays: NDArray[np.int32]) -> list[Tensor]:
+    def _upload(self, arrays: dict[str, NDArray[np.int32]]) -> dict[str, Tensor]:
         """int32 arrays as tensors on the device, in one transfer."""
         if self.device.type == "cpu":
-            return [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
-        packed = torch.from_numpy(np.concatenate(arrays)).pin_memory().to(self.device, non_blocking=True)
-        return list(packed.split([len(a) for a in arrays]))
+            return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+        buffer, packing = pack(arrays)
+        return packing.views(torch.from_numpy(buffer).pin_memory().to(self.device, non_blocking=True))
 
     def _to(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -171,10 +171,10 @@ def test_smollm2_random_ids_and_cost() -> None:
     ids = [draw.randrange(tokenizer.vocab_size) for _ in range(20_000)]
     assert in_pieces(tokenizer, ids, True) == tokenizer._backend.decode(ids)  # type: ignore[union-attr]
     stream = tokenizer.stream([])
-    start = time.perf_counter()
+    start = time.process_time()
     for token_id in ids:
         stream.push((token_id,))
-    assert (time.perf_counter() - start) / len(ids) < 15e-6
+    assert (time.process_time() - start) / len(ids) < 15e-6
 
 
 def test_cost_a_token_does_not_grow_with_the_text() -> None:
@@ -183,9 +183,9 @@ def test_cost_a_token_does_not_grow_with_the_text() -> None:
     stream = tokenizer.stream([])
     first: list[float] = []
     for at in range(2000):
-        start = time.perf_counter()
+        start = time.process_time()
         stream.push([0xF0 + 3])
-        first.append(time.perf_counter() - start)
+        first.append(time.process_time() - start)
         if at == 1999:
             early, late = sorted(first[100:600])[250], sorted(first[1500:])[250]
             assert late < 5 * early + 1e-4

@@ -8,6 +8,7 @@ other decoders a short window of tokens is decoded again, as their text depends 
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -155,10 +156,12 @@ class ByteDecoder(TokenDecoder):
         pieces = self._plain if skip_special_tokens else self._all
         strip = self._strip and not any(pieces[token_id] for token_id in reversed(prompt_token_ids))
         pending = b""
-        if prompt_token_ids and type(pieces[prompt_token_ids[-1]]) is bytes:
-            # A prompt of token ids may end inside a code point; a few bytes back is far enough to see it.
+        # A prompt of token ids may end inside a code point; a few tokens with text back is far enough to see it.
+        shown = (token_id for token_id in reversed(prompt_token_ids) if pieces[token_id])
+        last = list(itertools.islice(shown, 8))
+        if last and type(pieces[last[0]]) is bytes:
             before = _ByteStream(pieces, self._per_byte, b"", False)
-            before.push(prompt_token_ids[-8:])
+            before.push(last[::-1])
             pending = before._pending
         return _ByteStream(pieces, self._per_byte, pending, strip)
 

@@ -166,7 +166,7 @@ def thread_environment() -> dict[str, str]:
     By default its threads spin for milliseconds at each barrier, which stops all progress where cores are shared with
     other processes or a pod has a CPU limit. A short spin still bridges the gaps between a step's kernels.
     """
-    return {"GOMP_SPINCOUNT": "10000"}
+    return {"GOMP_SPINCOUNT": "1000"}
 
 
 def _child_environment() -> dict[str, str]:

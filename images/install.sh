@@ -6,11 +6,11 @@ set -eu
 cd /build
 [ -n "${PIP_INDEX_URL:-}" ] || unset PIP_INDEX_URL
 [ -n "${PIP_EXTRA_INDEX_URL:-}" ] || unset PIP_EXTRA_INDEX_URL
-export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+export PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 [ ! -d /wheels ] || export PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels
 [ ! -s constraints.txt ] || constraints="--constraint constraints.txt"
 # Byte code that depends on no time stamp: the same bytes from every build, and no check of the sources at import
-compile() { /opt/kubeinfer/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash "$1" || true; }
+compile() { /opt/kubeinfer/bin/python -m compileall -q -f -j 0 --invalidation-mode unchecked-hash "$1" || true; }
 
 case $1 in
 dependencies)

@@ -125,7 +125,9 @@ def measure(engine: Any, workload: str, seed: int) -> float:
 def child(name: str, gguf: str, folder: str) -> int:
     """Make the engine, then answer ``{"workload", "seed"}`` lines on standard input, one JSON line each."""
     # This folder's files are not the peers' packages of the same names.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    sys.path[:] = [
+        entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent
+    ]
     # Engines print as they like: the answers keep the real standard output to themselves.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

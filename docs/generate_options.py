@@ -33,12 +33,18 @@ def _table(title: str, model: type[BaseModel]) -> str:
     lines = [f"\n## {title}\n", "| option | type | default | what it does |", "|---|---|---|---|"]
     for name, schema in model.model_json_schema()["properties"].items():
         default = schema.get("default")
-        shown = "" if default in (None, "") else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+        shown = (
+            ""
+            if default in (None, "")
+            else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+        )
         unit = f" ({schema['unit']})" if "unit" in schema else ""
         short = f" `-{schema['short']}`" if "short" in schema else ""
         star = "\\*" if schema.get("pod") is False else ""
         flag = name.replace("_", "-")
-        lines.append(f"| `--{flag}`{star}{short} | {_type(schema)}{unit} | {shown} | {schema.get('description', '')} |")
+        lines.append(
+            f"| `--{flag}`{star}{short} | {_type(schema)}{unit} | {shown} | {schema.get('description', '')} |"
+        )
     return "\n".join(lines) + "\n"
 
 

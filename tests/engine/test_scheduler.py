@@ -73,7 +73,9 @@ def request(name: str, prompt: list[int], max_tokens: int, **extra: object) -> E
     )
 
 
-def make(blocks: int, block_size: int, seqs: int, tokens: int, **extra: object) -> tuple[Scheduler, SimulatedDevice]:
+def make(
+    blocks: int, block_size: int, seqs: int, tokens: int, **extra: object
+) -> tuple[Scheduler, SimulatedDevice]:
     config = SchedulerConfig(
         max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=(blocks - 1) * block_size, **extra
     )
@@ -133,7 +135,12 @@ def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
     longest = 40
     blocks = -(-longest // block_size) + 2 if tight else 200
     scheduler, device = make(
-        blocks, block_size, rng.randint(1, 6), rng.randint(6, 30), policy=policy, long_prefill_token_threshold=threshold
+        blocks,
+        block_size,
+        rng.randint(1, 6),
+        rng.randint(6, 30),
+        policy=policy,
+        long_prefill_token_threshold=threshold,
     )
     engine = Engine(scheduler, device, depth)
     shared = [rng.randrange(VOCAB) for _ in range(16)]
@@ -251,8 +258,12 @@ def test_stop_ids_end_a_request_only_after_min_tokens(stop: bool) -> None:
     scheduler, device = make(100, 4, 1, 100)
     tokens = expected([5, 6, 7], 12)
     at = 3
-    params = SamplingParams(max_tokens=12, stop_token_ids=[tokens[at]], min_tokens=0 if stop else 12, temperature=0)
-    scheduler.add(EngineRequest(request_id="a", prompt_token_ids=[5, 6, 7], params=params, seed=0, max_tokens=12))
+    params = SamplingParams(
+        max_tokens=12, stop_token_ids=[tokens[at]], min_tokens=0 if stop else 12, temperature=0
+    )
+    scheduler.add(
+        EngineRequest(request_id="a", prompt_token_ids=[5, 6, 7], params=params, seed=0, max_tokens=12)
+    )
     engine = Engine(scheduler, device, 2)
     first = tokens.index(tokens[at])
     assert engine.run()["a"] == (tokens[: first + 1] if stop else tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -67,6 +68,12 @@ class Gate:
                 await self.app(scope, receive, send_with_id)
             finally:
                 state.in_flight -= 1
+        except asyncio.CancelledError:
+            # The server ends before this request did: the client is told why, not with uvicorn's bare 500.
+            if not started:
+                gone = state.refusal() or ApiError(503, "The server is shutting down.", code="shutting_down")
+                await error_response(gone)(scope, receive, send_with_id)
+            raise
         except Exception as exc:
             error = as_api_error(exc)
             if error.status == 500:

@@ -164,7 +164,13 @@ def make_request(
 
 def fetch_result(request: FetchRequest, progress: ProgressCallback = ignore_progress) -> FetchResult:
     """``fetch`` with all that is known about the outcome."""
-    return _first_that_works(request, lambda source: _Fetch(request, source, progress).run())
+    try:
+        return _first_that_works(request, lambda source: _Fetch(request, source, progress).run())
+    except PermissionError as error:
+        where = error.filename or request.local_dir or request.cache_dir
+        raise StorageError(
+            f"cannot write {where}: {error.strerror}; give a folder that user {os.getuid()} may write"
+        ) from error
 
 
 def resolve_any(request: FetchRequest) -> tuple[WeightSource, ResolvedModel, list[RemoteFile]]:

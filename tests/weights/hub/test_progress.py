@@ -86,3 +86,20 @@ def test_sizes_read_well() -> None:
         "5.0 GiB",
         "3.0 TiB",
     ]
+
+
+def test_a_folder_of_somebody_else_is_a_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so the refusal of the system call is put in its place."""
+    from kubeinfer.weights import download, errors
+
+    def refuse(self: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "models"))
+
+    monkeypatch.setattr(download._Fetch, "run", refuse)
+    request = download.make_request("hf://org/name", local_dir=tmp_path)
+    with pytest.raises(
+        errors.StorageError, match="cannot write .*models: Permission denied; give a folder that user"
+    ):
+        download.fetch_result(request)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -100,6 +101,6 @@ def test_a_folder_of_somebody_else_is_a_storage_error(
     monkeypatch.setattr(download._Fetch, "run", refuse)
     request = download.make_request("hf://org/name", local_dir=tmp_path)
     with pytest.raises(
-        errors.StorageError, match="cannot write .*models: Permission denied; give a folder that user"
+        errors.StorageError, match=r"cannot write .*models: Permission denied; give a folder that user"
     ):
         download.fetch_result(request)

@@ -15,6 +15,7 @@ import msgspec
 from tqdm import tqdm
 
 from kubeinfer.engine.client import EngineClient, make_client
+from kubeinfer.engine.environment import prepare_this_process
 from kubeinfer.errors import KubeinferError, NotSupportedError, RequestError
 from kubeinfer.interrupts import HeldInterrupts
 from kubeinfer.options import EngineOptions, read_options, target_device
@@ -38,6 +39,7 @@ class LLM:
     """
 
     def __init__(self, model: str, tokenizer: str | None = None, **options: Any):
+        prepare_this_process()
         values = {"model": str(model), **options}
         if tokenizer is not None:
             values["tokenizer"] = str(tokenizer)

@@ -16,6 +16,7 @@ import zmq
 import zmq.asyncio
 
 from kubeinfer.engine.client import AsyncEngineClient
+from kubeinfer.engine.environment import thread_environment
 from kubeinfer.engine.messages import (
     AbortRequests,
     AddRequests,
@@ -158,15 +159,6 @@ class ProcessClient(AsyncEngineClient):
             self._death_reason = "the engine was shut down"
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def thread_environment() -> dict[str, str]:
-    """Settings of the OpenMP runtime that must be there before torch loads it.
-
-    By default its threads spin for milliseconds at each barrier, which stops all progress where cores are shared with
-    other processes or a pod has a CPU limit. A short spin still bridges the gaps between a step's kernels.
-    """
-    return {"GOMP_SPINCOUNT": "1000"}
 
 
 def _child_environment() -> dict[str, str]:

@@ -124,15 +124,14 @@ class Hub:
         self.kube.run("exec", "hub", "--", "sh", "-c", script)
 
     def _admin(self, method: str, what: str, body: Any = None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        # The body goes as an argument: an exec that also streams standard input has been seen to hang at its end.
         code = (
-            "import sys, urllib.request as u; "
-            f"r = u.Request('http://127.0.0.1:{PORT}/_admin/{what}', method='{method}', data=sys.stdin.buffer.read() or None); "
+            "import urllib.request as u; "
+            f"r = u.Request('http://127.0.0.1:{PORT}/_admin/{what}', method='{method}', data={data!r}); "
             "print(u.urlopen(r, timeout=10).read().decode())"
         )
-        text = "" if body is None else json.dumps(body)
-        answer: dict[str, Any] = json.loads(
-            self.kube.run("exec", "-i", "hub", "--", "python", "-c", code, input=text)
-        )
+        answer: dict[str, Any] = json.loads(self.kube.run("exec", "hub", "--", "python", "-c", code))
         return answer
 
     def faults(self, *faults: str) -> None:

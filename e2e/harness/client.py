@@ -16,7 +16,7 @@ LOAD = pathlib.Path(__file__).with_name("load.py")
 
 REQUEST = """
 import json, sys, urllib.request, urllib.error
-call = json.load(sys.stdin)
+call = json.loads(sys.argv[1])
 data = None if call["body"] is None else json.dumps(call["body"]).encode()
 request = urllib.request.Request(call["url"], data, {"Content-Type": "application/json", **call["headers"]}, method=call["method"])
 try:
@@ -113,10 +113,9 @@ class Client:
             "method": method or ("GET" if body is None else "POST"),
             "timeout": timeout,
         }
-        command = ("exec", "-i", "client", "--", "python", "-c", REQUEST)
-        answer: dict[str, Any] = json.loads(
-            self.kube.run(*command, input=json.dumps(call), timeout=timeout + 30)
-        )
+        # As an argument: an exec that also streams standard input has been seen to hang at its end.
+        command = ("exec", "client", "--", "python", "-c", REQUEST, json.dumps(call))
+        answer: dict[str, Any] = json.loads(self.kube.run(*command, timeout=timeout + 30))
         return answer
 
     def chat(self, model: str, prompt: str = "Say hello.", **fields: Any) -> dict[str, Any]:

@@ -274,9 +274,14 @@ typedef struct {
     int64_t window;
 } attention;
 
-INLINE const bf16 *key_row(const attention *a, const int32_t *table, int64_t head, int64_t pos) {
-    int64_t bs = a->block_size;
-    return a->cache + (((int64_t)table[pos / bs] * a->Hk + head) * bs + pos % bs) * a->D;
+/* Rows of keys [j0, j0 + n) of a sequence, found block by block: a division a key would cost more than its product. */
+INLINE void key_rows(const attention *a, const int32_t *table, int64_t head, int64_t j0, int64_t n, const bf16 **rows) {
+    int64_t bs = a->block_size, offset = j0 % bs;
+    const int32_t *block = table + j0 / bs;
+    for (int64_t j = 0; j < n; block++, offset = 0) {
+        const bf16 *row = a->cache + (((int64_t)*block * a->Hk + head) * bs + offset) * a->D;
+        for (; offset < bs && j < n; offset++, j++, row += a->D) rows[j] = row;
+    }
 }
 
 enum { MAX_GROUP = 16, MAX_DIM = 256, DECODE_KEYS = 128 };
@@ -290,8 +295,10 @@ static TARGET void decode_one(const attention *a, int64_t token, int64_t seq, in
     int64_t start = a->window > 0 && len > a->window ? len - a->window : 0;
     for (int64_t j0 = start; j0 < len; j0 += DECODE_KEYS) {
         int64_t n = len - j0 < DECODE_KEYS ? len - j0 : DECODE_KEYS;
+        const bf16 *keys[DECODE_KEYS];
+        key_rows(a, table, head, j0, n, keys);
         for (int64_t j = 0; j < n; j++) {
-            const bf16 *key = key_row(a, table, head, j0 + j);
+            const bf16 *key = keys[j];
             for (int64_t g = 0; g < G; g++) {
                 const bf16 *query = a->q + token * a->ldq + (first_head + g) * D;
                 __m512 acc = _mm512_setzero_ps();
@@ -329,7 +336,7 @@ static TARGET void decode_one(const attention *a, int64_t token, int64_t seq, in
                 __m512 acc[4];
                 for (int64_t i = 0; i < 4; i++) acc[i] = i < count ? _mm512_maskz_loadu_ps(m, &o[g + i][d]) : _mm512_setzero_ps();
                 for (int64_t j = 0; j < n; j++) {
-                    __m512 v = load_bf16_tail(key_row(a, table, head, j0 + j) + v_offset + d, m);
+                    __m512 v = load_bf16_tail(keys[j] + v_offset + d, m);
                     for (int64_t i = 0; i < count; i++) acc[i] = _mm512_fmadd_ps(_mm512_set1_ps(s[g + i][j]), v, acc[i]);
                 }
                 for (int64_t i = 0; i < count; i++) _mm512_mask_storeu_ps(&o[g + i][d], m, acc[i]);
@@ -368,26 +375,33 @@ static TARGET void prefill_tile(const attention *a, tile_space *w, int64_t seq, 
         memcpy(w->q + i * G * D, a->q + (token + i) * a->ldq + head * G * D, (size_t)(G * D) * sizeof(bf16));
     for (int64_t r = 0; r < rows; r++) { w->best[r] = -INFINITY; w->total[r] = 0; }
     memset(w->o, 0, (size_t)(rows * D) * 4);
+    uint16_t order[64];
+    for (int i = 0; i < 64; i++) order[i] = (uint16_t)(i / 2 + 32 * (i % 2)); /* a pair of keys side by side */
+    __m512i first_half = _mm512_loadu_si512(order), second_half = _mm512_loadu_si512(order + 32);
     int64_t len = pos0 + n, start = a->window > 0 && pos0 + 1 > a->window ? pos0 + 1 - a->window : 0;
     for (int64_t j0 = start; j0 < len; j0 += KEYS) {
         int64_t keys = len - j0 < KEYS ? len - j0 : KEYS;
         /* pack: keys by pairs of dimensions, values by pairs of keys */
+        const bf16 *rows_of[KEYS];
+        key_rows(a, table, head, j0, keys, rows_of);
         for (int64_t j = 0; j < KEYS; j++) {
             uint32_t *to = (uint32_t *)w->kp + (j / PANEL) * (D / 2) * PANEL + j % PANEL;
             if (j < keys) {
-                const uint32_t *from = (const uint32_t *)key_row(a, table, head, j0 + j);
+                const uint32_t *from = (const uint32_t *)rows_of[j];
                 for (int64_t d = 0; d < D / 2; d++) to[d * PANEL] = from[d];
             } else {
                 for (int64_t d = 0; d < D / 2; d++) to[d * PANEL] = 0;
             }
         }
         for (int64_t j = 0; j < KEYS; j += 2) {
-            const bf16 *v0 = j < keys ? key_row(a, table, head, j0 + j) + v_offset : NULL;
-            const bf16 *v1 = j + 1 < keys ? key_row(a, table, head, j0 + j + 1) + v_offset : NULL;
-            for (int64_t d = 0; d < D; d++) {
-                bf16 *to = w->vp + (d / PANEL) * KEYS * PANEL + (j / 2) * 64 + (d % PANEL) * 2;
-                to[0] = v0 ? v0[d] : 0;
-                to[1] = v1 ? v1[d] : 0;
+            for (int64_t p = 0; p < d_panels; p++) {
+                int64_t d = p * PANEL;
+                __mmask32 m = D - d >= PANEL ? 0xffffffffu : (__mmask32)((1ull << (D - d)) - 1);
+                __m512i v0 = _mm512_maskz_loadu_epi16(j < keys ? m : 0, rows_of[j < keys ? j : 0] + v_offset + d);
+                __m512i v1 = _mm512_maskz_loadu_epi16(j + 1 < keys ? m : 0, rows_of[j + 1 < keys ? j + 1 : 0] + v_offset + d);
+                bf16 *to = w->vp + p * KEYS * PANEL + (j / 2) * 64;
+                _mm512_storeu_si512(to, _mm512_permutex2var_epi16(v0, first_half, v1));
+                _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(v0, second_half, v1));
             }
         }
         for (int64_t p = 0; p < KEYS / PANEL; p++)

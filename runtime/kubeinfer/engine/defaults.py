@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from kubeinfer.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
+_NO_EFFECT = {
+    "cpu": {
+        "gpu_memory_utilization": "the engine runs on the CPU; --cpu-kvcache-space sizes its KV cache",
+        "swap_space": "on the CPU the KV cache is in host memory already",
+        "cpu_offload_gb": "on the CPU the weights are in host memory already",
+        "enforce_eager": "there are no CUDA graphs on the CPU",
+        "cudagraph_capture_sizes": "there are no CUDA graphs on the CPU",
+        "disable_custom_all_reduce": "the CPU has no custom all-reduce",
+    },
+    "cuda": {
+        "cpu_kvcache_space": "the engine runs on a GPU; --gpu-memory-utilization sizes its KV cache",
+        "swap_space": "KV blocks are not kept in host memory yet; preempted requests are computed again",
+    },
+}
 
 
 def resolve_device(options: EngineOptions) -> str:
@@ -44,12 +58,16 @@ def resolve_defaults(options: EngineOptions) -> EngineOptions:
         )
     if options.runner == "pooling" or options.convert not in ("auto", "none"):
         raise OptionError("pooling models (--runner pooling, --convert) are not supported yet.", "runner")
+    if options.distributed_executor_backend == "uni" and options.tensor_parallel_size > 1:
+        raise OptionError(
+            f"distributed_executor_backend uni is one process, but tensor_parallel_size {options.tensor_parallel_size} "
+            "needs one a device; use mp.",
+            "distributed_executor_backend",
+        )
+    for name, why in _NO_EFFECT[device].items():
+        if getattr(options, name) != EngineOptions.model_fields[name].default:
+            logger.warning("%s has no effect: %s", name, why)
     if device == "cpu":
-        for name, neutral in (("swap_space", 0), ("cpu_offload_gb", 0)):
-            if getattr(options, name) != neutral:
-                logger.warning(
-                    "%s has no effect on the CPU: weights and KV cache are in host memory already", name
-                )
         if options.kv_cache_dtype != "auto":
             raise OptionError(
                 f"kv_cache_dtype {options.kv_cache_dtype} is not supported on the CPU.", "kv_cache_dtype"
@@ -60,8 +78,6 @@ def resolve_defaults(options: EngineOptions) -> EngineOptions:
                 "cpu_offload_gb is not supported yet; use more GPUs (--tensor-parallel-size) or a smaller model.",
                 "cpu_offload_gb",
             )
-        if options.swap_space:
-            logger.warning("swap_space has no effect yet: preempted requests are computed again")
     return options.model_copy(update=changes)
 
 

@@ -121,9 +121,8 @@ def _last_words(address: str, reason: str) -> None:
 
 
 def main() -> int:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole terminal group; the parent decides
+    # Ctrl-C reaches the whole terminal group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     line = sys.stdin.readline()
     if not line:
         return 0  # the parent was stopped before it could say what to run

@@ -129,8 +129,9 @@ class KVCacheManager:
             self.prefix_queries += len(request.token_ids)
             self.prefix_hits += request.num_computed
 
-    def num_new_blocks(self, request: Request, num_tokens: int) -> int:
-        return max(0, self.blocks_for(num_tokens) - len(request.block_ids))
+    def count_free(self, blocks: list[int]) -> int:
+        """How many of ``blocks`` nobody holds: they leave the free list when a request takes them."""
+        return sum(1 for block in blocks if block in self._free)
 
     def allocate(self, request: Request, num_tokens: int) -> list[int] | None:
         """Blocks to append so that ``num_tokens`` tokens fit, or None if there are not enough (nothing changes then)."""

@@ -218,8 +218,7 @@ class Scheduler:
                 num_new = limit
             needed = kv_cache.blocks_for(cached + num_new) - len(prefix)
             # A hit that lies in the free list leaves it when taken, so it counts as needed too.
-            from_free = sum(1 for block in prefix if block in kv_cache._free)
-            if needed + from_free + (reserve if self.running else 0) > kv_cache.num_free:
+            if needed + kv_cache.count_free(prefix) + (reserve if self.running else 0) > kv_cache.num_free:
                 break
             self.waiting.pop()
             kv_cache.take_prefix(request, prefix)

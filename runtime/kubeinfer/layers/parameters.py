@@ -69,9 +69,6 @@ class ParameterStore:
         """Checkpoint tensor ``name`` (or its slice along ``dim``) belongs in ``into``."""
         self.slots.setdefault(name, []).append(Slot(into, dim, start, length))
 
-    def wants(self, name: str) -> bool:
-        return name in self.slots
-
     def load(self, tensors: Iterable[tuple[str, Tensor]], optional: frozenset[str] = frozenset()) -> None:
         """Copy every tensor to its place. ``optional`` names may be there or not (a tied head's copy).
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from kubeinfer.errors import ModelLoadError, OptionError
 from kubeinfer.options import EngineOptions
+from kubeinfer.quantization import QuantizationConfig, read_quantization
 
 _DTYPES = {"half": "float16", "float": "float32"}
 
@@ -49,6 +50,7 @@ class ModelConfig:
     norm_eps: float
     tie_word_embeddings: bool
     layer_windows: tuple[int, ...]  # sliding window of each layer, 0: all tokens
+    quantization: QuantizationConfig | None = None
 
     @property
     def is_gguf(self) -> bool:
@@ -173,12 +175,6 @@ def _normalise(
             "rope_scaling in --hf-overrides if the model is known to stretch.",
             "max_model_len",
         )
-    if hf.get("quantization_config") or options.quantization not in (None, "gguf"):
-        method = options.quantization or hf["quantization_config"].get("quant_method", "unknown")
-        raise OptionError(
-            f"quantization {method} is not supported yet; use the model's unquantized or GGUF weights.",
-            "quantization",
-        )
     eos: list[int] = []
     for source in (generation.get("eos_token_id"), hf.get("eos_token_id")):
         for token in source if isinstance(source, list) else [source]:
@@ -204,6 +200,7 @@ def _normalise(
         norm_eps=float(hf.get("rms_norm_eps") or 1e-6),
         tie_word_embeddings=bool(hf.get("tie_word_embeddings", architecture == "OPTForCausalLM")),
         layer_windows=_windows(hf, num_layers),
+        quantization=read_quantization(hf, options.quantization, path),
     )
 
 

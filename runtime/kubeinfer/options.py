@@ -18,7 +18,9 @@ from kubeinfer.errors import OptionError
 DType = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "pt", "gguf", "dummy"]
-Quantization = Literal["awq", "gptq", "fp8", "gguf", "squeezellm"]
+Quantization = Literal[
+    "awq", "awq_marlin", "gptq", "gptq_marlin", "fp8", "compressed-tensors", "gguf", "squeezellm", "bitsandbytes"
+]  # fmt: skip
 
 
 def _extra(**values: Any) -> dict[str, Any]:
@@ -66,7 +68,8 @@ class ModelOptions(_Options):
         json_schema_extra=_extra(unit="tokens"),
     )
     quantization: Quantization | None = Field(
-        None, description="How the weights are quantized; read from the checkpoint when not given."
+        None,
+        description="How the weights are quantized; read from the checkpoint when not given. fp8 quantizes unquantized weights at load.",
     )
     load_format: LoadFormat = Field(
         "auto", description="Format of the weights; dummy makes random weights for benchmarks."

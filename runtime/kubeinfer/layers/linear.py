@@ -5,42 +5,47 @@ from __future__ import annotations
 from torch import Tensor
 
 from kubeinfer.errors import OptionError
-from kubeinfer.kernels.fused_linear import add_linear, gated_linear, norm_linear
-from kubeinfer.kernels.linear import PackedWeight, linear, pack_weight
 from kubeinfer.layers.norm import RMSNorm
 from kubeinfer.layers.parameters import ParameterStore
+from kubeinfer.layers.quantization import LinearMethod, LoadingWeight, Part, Shard, loading_weight
 
 
 class Linear:
-    """``y = x W^T + b``; ``weight`` is this rank's shard ``[out, in]``."""
+    """``y = x W^T + b`` with this rank's shard of the weight; the bias is ``[out]``.
 
-    def __init__(self, store: ParameterStore, out_features: int, in_features: int, bias: bool):
-        self.weight = store.empty(out_features, in_features)
-        self.bias = store.empty(out_features) if bias else None
-        self._packed: PackedWeight | None = None
+    How the weight is held and multiplied by is its ``method``'s business (``layers/quantization``).
+    """
+
+    def __init__(self, store: ParameterStore, shard: Shard, bias: bool):
+        self._loading: LoadingWeight | None = loading_weight(store, shard)
+        self.method: LinearMethod
+        self.bias = store.empty(shard.out_features) if bias else None
+        if self.bias is None:
+            return
+        for part in shard.parts:
+            into = self.bias.narrow(0, part.offset, part.length)
+            store.expect(f"{part.name}.bias", into, 0, part.start, part.length)
 
     def finish_loading(self) -> None:
         """Put the weight into the form its kernel reads fastest."""
-        self._packed = pack_weight(self.weight)
-        if self._packed is not None:
-            self.weight = self.weight.new_empty(0)  # only the packed form is kept
+        if self._loading is not None:
+            self.method = self._loading.finish()
+            self._loading = None  # what was loaded is kept only in the method's form
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self._packed)
+        return self.method.apply(x, self.bias)
 
     def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """This layer of ``norm(x)``."""
-        return norm_linear(x, norm.weight, norm.eps, self.weight, self.bias, self._packed)
+        return self.method.after_norm(x, norm, self.bias)
 
 
 class ReplicatedLinear(Linear):
     """The whole weight on every rank."""
 
     def __init__(self, store: ParameterStore, name: str, out_features: int, in_features: int, bias: bool):
-        super().__init__(store, out_features, in_features, bias)
-        store.expect(f"{name}.weight", self.weight)
-        if self.bias is not None:
-            store.expect(f"{name}.bias", self.bias)
+        part = Part(name, 0, 0, out_features, out_features)
+        super().__init__(store, Shard((part,), in_features, 0, in_features), bias)
 
 
 class ColumnLinear(Linear):
@@ -50,16 +55,13 @@ class ColumnLinear(Linear):
         self, store: ParameterStore, names: list[str], out_features: list[int], in_features: int, bias: bool
     ):
         rank, size = store.group.rank, store.group.size
-        for total in out_features:
+        parts: list[Part] = []
+        for name, total in zip(names, out_features):
             check_divisible(total, size, f"{names[0]} outputs")
-        shards = [total // size for total in out_features]
-        super().__init__(store, sum(shards), in_features, bias)
-        offset = 0
-        for name, length in zip(names, shards):
-            store.expect(f"{name}.weight", self.weight.narrow(0, offset, length), 0, rank * length, length)
-            if self.bias is not None:
-                store.expect(f"{name}.bias", self.bias.narrow(0, offset, length), 0, rank * length, length)
-            offset += length
+            length = total // size
+            offset = parts[-1].offset + parts[-1].length if parts else 0
+            parts.append(Part(name, offset, rank * length, length, total))
+        super().__init__(store, Shard(tuple(parts), in_features, 0, in_features), bias)
 
 
 class GatedLinear(ColumnLinear):
@@ -71,10 +73,10 @@ class GatedLinear(ColumnLinear):
         super().__init__(store, [gate, up], [out_features, out_features], in_features, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return gated_linear(x, self.weight, self.bias, self._packed)
+        return self.method.gated(x, self.bias)
 
     def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        return gated_linear(x, self.weight, self.bias, self._packed, norm.weight, norm.eps)
+        return self.method.gated(x, self.bias, norm)
 
 
 class QKVLinear(Linear):
@@ -99,13 +101,13 @@ class QKVLinear(Linear):
         self.num_heads = num_heads // size
         self.num_kv_heads = max(1, num_kv_heads // size)
         q, kv = self.num_heads * head_dim, self.num_kv_heads * head_dim
-        super().__init__(store, q + 2 * kv, hidden, bias)
-        kv_start = (rank * num_kv_heads // size) * head_dim
-        parts = ((0, q, rank * q), (q, kv, kv_start), (q + kv, kv, kv_start))
-        for name, (offset, length, start) in zip(names, parts):
-            store.expect(f"{name}.weight", self.weight.narrow(0, offset, length), 0, start, length)
-            if self.bias is not None:
-                store.expect(f"{name}.bias", self.bias.narrow(0, offset, length), 0, start, length)
+        kv_start, kv_total = (rank * num_kv_heads // size) * head_dim, num_kv_heads * head_dim
+        parts = (
+            Part(names[0], 0, rank * q, q, num_heads * head_dim),
+            Part(names[1], q, kv_start, kv, kv_total),
+            Part(names[2], q + kv, kv_start, kv, kv_total),
+        )
+        super().__init__(store, Shard(parts, hidden, 0, hidden), bias)
 
 
 class RowLinear(Linear):
@@ -116,10 +118,8 @@ class RowLinear(Linear):
         rank, size = self.group.rank, self.group.size
         check_divisible(in_features, size, f"{name} inputs")
         shard = in_features // size
-        super().__init__(store, out_features, shard, bias)
-        store.expect(f"{name}.weight", self.weight, 1, rank * shard, shard)
-        if self.bias is not None:
-            store.expect(f"{name}.bias", self.bias)
+        part = Part(name, 0, 0, out_features, out_features)
+        super().__init__(store, Shard((part,), shard, rank * shard, in_features), bias)
 
     def finish_loading(self) -> None:
         if self.bias is not None and self.group.rank > 0:
@@ -127,11 +127,11 @@ class RowLinear(Linear):
         super().finish_loading()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.group.all_reduce(linear(x, self.weight, self.bias, self._packed))
+        return self.group.all_reduce(self.method.apply(x, self.bias))
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """``residual += self(x)`` in place; a group of one rank only."""
-        return add_linear(residual, x, self.weight, self.bias, self._packed)
+        return self.method.add_to(residual, x, self.bias)
 
 
 def check_divisible(total: int, parts: int, what: str) -> None:

@@ -7,7 +7,7 @@ is known exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,16 @@ from torch import Tensor
 
 from kubeinfer.errors import ModelLoadError
 from kubeinfer.layers.parallel import Group
+from kubeinfer.quantization import QuantizationConfig
 
-# Buffers that some exporters save and no layer reads.
-_IGNORED_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias_mask", "rope_freqs.weight")
+# Buffers that some exporters save and no layer reads; the last ones are scales of an 8-bit KV cache.
+_IGNORED_ENDINGS = (
+    "rotary_emb.inv_freq", "attn.masked_bias", "attn.bias_mask", "rope_freqs.weight",
+    ".k_scale", ".v_scale", ".q_scale", ".prob_scale", ".output_scale", ".kv_scale",
+)  # fmt: skip
+
+# Standard deviation of dummy FP8 weights before their scale: well inside the format's range (448).
+FP8_DUMMY_SPREAD = 64.0
 
 
 @dataclass(slots=True)
@@ -29,6 +36,7 @@ class Slot:
     start: int = 0
     length: int = 0
     loaded: bool = False
+    required: bool = True
 
     def load(self, name: str, tensor: Tensor) -> None:
         if self.dim is not None:
@@ -46,19 +54,49 @@ class Slot:
         self.loaded = True
 
 
+@dataclass(slots=True)
+class ConvertingSlot:
+    """Destination of a checkpoint tensor that is not copied as it is: ``put`` gets it whole.
+
+    ``put`` raises ``ValueError`` with what is wrong where the tensor does not fit.
+    """
+
+    put: Callable[[Tensor], None]
+    required: bool = True
+    loaded: bool = False
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        try:
+            self.put(tensor)
+        except ValueError as exc:
+            raise ModelLoadError(f"{name} {exc}") from None
+        self.loaded = True
+
+
 class ParameterStore:
     """Makes a model's tensors on ``device`` in ``dtype`` and fills them from a checkpoint."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, group: Group):
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group,
+        quantization: QuantizationConfig | None = None,
+    ):
         self.device = device
         self.dtype = dtype
         self.group = group
-        self.slots: dict[str, list[Slot]] = {}
+        self.quantization = quantization
+        self.slots: dict[str, list[Slot | ConvertingSlot]] = {}
         self.tensors: list[Tensor] = []
         self.num_bytes = 0
+        self._dummy_values: dict[int, float] = {}
 
-    def empty(self, *shape: int) -> Tensor:
-        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+    def empty(self, *shape: int, dtype: torch.dtype | None = None, dummy: float | None = None) -> Tensor:
+        """An unfilled tensor; of the store's dtype when none is given. ``dummy`` is its one value under load_format dummy."""
+        tensor = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        if dummy is not None:
+            self._dummy_values[len(self.tensors)] = dummy
         self.tensors.append(tensor)
         self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
@@ -68,6 +106,10 @@ class ParameterStore:
     ) -> None:
         """Checkpoint tensor ``name`` (or its slice along ``dim``) belongs in ``into``."""
         self.slots.setdefault(name, []).append(Slot(into, dim, start, length))
+
+    def expect_converted(self, name: str, put: Callable[[Tensor], None], required: bool = True) -> None:
+        """Checkpoint tensor ``name`` goes through ``put``; it may be missing where not ``required``."""
+        self.slots.setdefault(name, []).append(ConvertingSlot(put, required))
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], optional: frozenset[str] = frozenset()) -> None:
         """Copy every tensor to its place. ``optional`` names may be there or not (a tied head's copy).
@@ -84,7 +126,9 @@ class ParameterStore:
                 continue
             for slot in slots:
                 slot.load(name, tensor)
-        missing = [name for name, slots in self.slots.items() if not all(s.loaded for s in slots)]
+        missing = [
+            name for name, slots in self.slots.items() if not all(s.loaded or not s.required for s in slots)
+        ]
         if missing:
             raise ModelLoadError(
                 f"the checkpoint lacks {_some(missing)}; it is incomplete or of another model."
@@ -97,14 +141,22 @@ class ParameterStore:
     def release(self) -> None:
         """Let go of the tensors: from now on they live as long as the layers that use them."""
         self.tensors.clear()
+        self._dummy_values.clear()
         self.slots.clear()
 
     def fill_random(self, seed: int) -> None:
         """Random weights of a sane scale, the same for a seed (load_format dummy)."""
         generator = torch.Generator(device=self.device).manual_seed(seed)
-        for tensor in self.tensors:
-            if tensor.dim() == 1:
+        for index, tensor in enumerate(self.tensors):
+            if index in self._dummy_values:
+                tensor.fill_(self._dummy_values[index])
+            elif not tensor.is_floating_point():
+                tensor.random_(-(2**31), 2**31 - 1, generator=generator)
+            elif tensor.dim() == 1:
                 tensor.fill_(1.0)
+            elif tensor.dtype == torch.float8_e4m3fn:
+                wide = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
+                tensor.copy_(wide.normal_(0.0, FP8_DUMMY_SPREAD, generator=generator))
             else:
                 tensor.normal_(0.0, 0.02, generator=generator)
 

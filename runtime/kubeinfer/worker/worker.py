@@ -94,7 +94,7 @@ class Worker:
 
     def _load_model(self) -> tuple[Any, ParameterStore]:
         config = self.model_config
-        store = ParameterStore(self.device, self.dtype, self.group)
+        store = ParameterStore(self.device, self.dtype, self.group, config.quantization)
         model = model_class(config.architecture)(config, store)
         if self.options.load_format == "dummy":
             store.fill_random(self.options.seed)
@@ -102,8 +102,10 @@ class Worker:
             from kubeinfer.weights.readers import iterate_tensors
 
             try:
+                # Quantized tensors and their scales are wanted as stored.
+                dtype = None if config.quantization is not None else self.dtype
                 store.load(
-                    iterate_tensors(config.path, self.options.load_format, dtype=self.dtype),
+                    iterate_tensors(config.path, self.options.load_format, dtype=dtype),
                     model.optional_weights,
                 )
             except ModelLoadError as exc:

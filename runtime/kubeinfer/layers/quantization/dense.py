@@ -1,0 +1,57 @@
+"""Weights as they are, in the model's dtype."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kubeinfer.kernels.fused_linear import add_linear, gated_linear, norm_linear
+from kubeinfer.kernels.linear import PackedWeight, linear, pack_weight
+from kubeinfer.layers.parameters import ParameterStore
+from kubeinfer.layers.quantization.base import LinearMethod, LoadingWeight, Shard
+
+if TYPE_CHECKING:
+    from kubeinfer.layers.norm import RMSNorm
+
+
+class DenseWeight(LoadingWeight):
+    """``weight [N, K]`` in the store's dtype."""
+
+    def __init__(self, store: ParameterStore, shard: Shard):
+        self.weight = store.empty(shard.out_features, shard.in_features)
+        for part in shard.parts:
+            into = self.weight.narrow(0, part.offset, part.length)
+            name = f"{part.name}.weight"
+            if shard.splits_inputs:
+                store.expect(name, into, 1, shard.in_start, shard.in_features)
+            elif part.length < part.total:
+                store.expect(name, into, 0, part.start, part.length)
+            else:
+                store.expect(name, into)
+
+    def finish(self) -> DenseMethod:
+        return DenseMethod(self.weight)
+
+
+class DenseMethod(LinearMethod):
+    """``weight [N, K]``, packed where a CPU kernel wants that."""
+
+    def __init__(self, weight: Tensor):
+        self._packed: PackedWeight | None = pack_weight(weight)
+        # Only the packed form is kept.
+        self.weight = weight if self._packed is None else weight.new_empty(0)
+
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, self.weight, bias, self._packed)
+
+    def after_norm(self, x: Tensor, norm: RMSNorm, bias: Tensor | None) -> Tensor:
+        return norm_linear(x, norm.weight, norm.eps, self.weight, bias, self._packed)
+
+    def gated(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+        if norm is None:
+            return gated_linear(x, self.weight, bias, self._packed)
+        return gated_linear(x, self.weight, bias, self._packed, norm.weight, norm.eps)
+
+    def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        return add_linear(residual, x, self.weight, bias, self._packed)

@@ -171,7 +171,9 @@ def _gptq(own: dict[str, Any], where: str) -> GroupedIntConfig:
     if bits not in (4, 8):
         raise _refuse(where, f"GPTQ weights of {bits} bits are not supported, only 4 and 8")
     if layout not in ("gptq", "gptq_v2"):
-        raise _refuse(where, f"GPTQ weights in checkpoint_format {layout} are not supported, only gptq and gptq_v2")
+        raise _refuse(
+            where, f"GPTQ weights in checkpoint_format {layout} are not supported, only gptq and gptq_v2"
+        )
     if own.get("lm_head"):
         raise _refuse(where, "a quantized lm_head is not supported")
     if own.get("dynamic"):

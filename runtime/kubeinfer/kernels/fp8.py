@@ -42,7 +42,9 @@ def quantize_weight_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).to(FP8), scale
 
 
-def quantize_rows_reference(x: Tensor, static_scale: Tensor | None, block: int | None = None) -> QuantizedRows:
+def quantize_rows_reference(
+    x: Tensor, static_scale: Tensor | None, block: int | None = None
+) -> QuantizedRows:
     """`quantize_rows` in torch."""
     wide = x.float()
     if block is not None:
@@ -231,4 +233,3 @@ def block_fp8_linear_reference(
     matrix = weight.float() * scale.t().repeat_interleave(block, 1)[:, :columns]
     result = wide @ matrix.t()
     return (result if bias is None else result + bias.float()).to(x.dtype)
-

@@ -24,6 +24,10 @@ from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 # Loops of fewer steps are written out: no step then waits for a counter or loads past the end.
 _MOST_UNROLLED = 8
+# Tiles of 8-bit numbers that a loop carries are taken apart into bytes, so loops over them are written out for longer.
+_MOST_UNROLLED_FP8 = 40
+# Of more tokens the tensor cores' products in 8 bits are faster.
+_MOST_FP8_ROWS = 4
 
 
 @triton.jit
@@ -57,6 +61,7 @@ def _linear_kernel(
     norm_ptr,
     weight_ptr,
     bias_ptr,
+    scale_ptr,
     out_ptr,
     n,
     eps,
@@ -69,6 +74,7 @@ def _linear_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADD: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -88,7 +94,8 @@ def _linear_kernel(
     else:
         column = tl.program_id(0) * BLOCK_N + tile
         rows = column
-    lanes = tl.arange(0, BLOCK_K)[None, :]
+    # A thread takes eight numbers at a time, of 8-bit weights too: as many as of the 16-bit inputs.
+    lanes = tl.max_contiguous(tl.arange(0, BLOCK_K), 8)[None, :]
     inside = (column < n)[:, None]
     base = weight_ptr + rows.to(tl.int64)[:, None] * STRIDE_W + lanes
 
@@ -97,6 +104,8 @@ def _linear_kernel(
         tiles = tiles + (_load_tile(base, i * BLOCK_K, lanes, inside, K, EVEN_K, EVEN_N),)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + rows, mask=column < n, other=0.0).to(tl.float32)
+    if SCALED:
+        weight_scale = tl.load(scale_ptr + rows, mask=column < n, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -146,6 +155,8 @@ def _linear_kernel(
         result = tl.sum(sums[m], 1)
         if NORM:
             result = result * tl.rsqrt(tl.sum(tl.sum(squares[m], 1), 0) / K + eps)
+        if SCALED:
+            result = result * weight_scale
         if HAS_BIAS:
             result += bias
         if GATED:
@@ -184,6 +195,22 @@ def find_config(m: int, n: int, k: int, kind: str) -> Config | None:
     return Config(**found)
 
 
+@functools.cache
+def find_fp8_config(m: int, n: int, k: int, kind: str) -> Config | None:
+    """`find_config` for weights of 8 bits; where nothing is tuned, a guess from what is in flight with 16 bits."""
+    if k % 16:
+        return None
+    m = 1 << (m - 1).bit_length()
+    found = tuned.lookup("linear", f"fp8/{kind}/{n}x{k}/m{m}", f"fp8/{kind}/k{triton.next_power_of_2(k)}/m{m}")
+    if found is not None:
+        return None if found["block_n"] == 0 else Config(**found)
+    if m > _MOST_FP8_ROWS:
+        return None
+    warps = (8 if k > 8192 and m > 1 else 4) if k > 2048 else 2 if k > 512 else 1
+    steps = triton.cdiv(k, 256 * warps)
+    return Config(4 if kind == "gated" or m > 1 else 8, 256 * warps, warps, min(4 if m == 1 else 2, steps))
+
+
 def linear_triton(
     x: Tensor,
     weight: Tensor,
@@ -194,8 +221,9 @@ def linear_triton(
     eps: float = 0.0,
     gated: bool = False,
     add: bool = False,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    """``out = norm(x) @ weight.T + bias``, through the gate where ``gated``, added to ``out`` where ``add``.
+    """``out = norm(x) @ (weight * weight_scale).T + bias``, through the gate where ``gated``, added to ``out`` where ``add``.
 
     Args:
         x: ``[M, K]`` of 16-bit numbers, rows contiguous and aligned to 16 bytes; M is small and compiled in.
@@ -203,18 +231,20 @@ def linear_triton(
         bias: ``[N]`` or ``[2 N]``.
         out: ``[M, N]``.
         norm_weight: ``[K]``; None: ``x`` as it is.
+        weight_scale: fp32, one a row of a float8_e4m3fn ``weight`` (K a multiple of 16); None: ``weight`` is of 16 bits.
     """
     m, k = x.shape
     n = out.shape[1]
     steps = triton.cdiv(k, config.block_k)
-    unroll = steps * m <= _MOST_UNROLLED
+    unroll = steps * m <= (_MOST_UNROLLED if weight_scale is None else _MOST_UNROLLED_FP8)
     pdl = overlaps_launches()
     args = (
-        x, norm_weight if norm_weight is not None else x, weight, bias if bias is not None else x, out, n, eps,
+        x, norm_weight if norm_weight is not None else x, weight, bias if bias is not None else x,
+        weight_scale if weight_scale is not None else x, out, n, eps,
     )  # fmt: skip
     constants = (
         m, k, x.stride(0), weight.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None, add,
-        config.block_n, config.block_k, n % config.block_n == 0, min(config.depth, steps), unroll, pdl,
+        weight_scale is not None, config.block_n, config.block_k, n % config.block_n == 0, min(config.depth, steps), unroll, pdl,
     )  # fmt: skip
     grid = (triton.cdiv(n, config.block_n), 1, 1)
     _LINEAR.launch(grid, args, constants, config.num_warps, pdl=pdl)

@@ -70,7 +70,9 @@ class FP8Weight(LoadingWeight):
             )
             return
         store.expect_converted(f"{name}.weight", lambda tensor: self._put_weight(part, weight, tensor))
-        store.expect_converted(f"{name}.{self.config.scale_name}", lambda tensor: self._put_scale(part, tensor))
+        store.expect_converted(
+            f"{name}.{self.config.scale_name}", lambda tensor: self._put_scale(part, tensor)
+        )
         if self.static_scale is not None:
             store.expect_converted(f"{name}.input_scale", self._put_static_scale)
 
@@ -82,7 +84,9 @@ class FP8Weight(LoadingWeight):
                 f"has shape {tuple(tensor.shape)} but config.json asks for {(part.total, shard.in_total)}; "
                 "the weights and the configuration are not of the same model."
             )
-        return tensor[part.start : part.start + part.length, shard.in_start : shard.in_start + shard.in_features]
+        return tensor[
+            part.start : part.start + part.length, shard.in_start : shard.in_start + shard.in_features
+        ]
 
     def _put_unquantized(self, part: Part, weight: Tensor, scale: Tensor, tensor: Tensor) -> None:
         data, scales = quantize_weight_rows(self._own(part, tensor).to(self.store.device))
@@ -103,7 +107,9 @@ class FP8Weight(LoadingWeight):
         if block is not None:
             columns = -(-shard.in_total // block[1])
             if tensor.shape != (-(-part.total // block[0]), columns):
-                raise ValueError(f"has shape {tuple(tensor.shape)}, which is not a scale for each block of {block}.")
+                raise ValueError(
+                    f"has shape {tuple(tensor.shape)}, which is not a scale for each block of {block}."
+                )
             first = shard.in_start // block[1]
             own = tensor[:, first : first + into.shape[0]].float().repeat_interleave(block[0], 0)
             into.copy_(own[part.start : part.start + part.length].t())

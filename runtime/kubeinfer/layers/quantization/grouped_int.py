@@ -48,7 +48,9 @@ class GroupedIntWeight(LoadingWeight):
         words = (k, n // pack) if self.awq else (k // pack, n)
         self.qweight = store.empty(*words, dtype=torch.int32)
         self.qzeros = store.empty(groups, n // pack, dtype=torch.int32, dummy=_DUMMY_ZEROS)
-        self.scales = store.empty(groups, n, dtype=torch.float32, dummy=_DUMMY_SCALE * 15 / (2**config.bits - 1))
+        self.scales = store.empty(
+            groups, n, dtype=torch.float32, dummy=_DUMMY_SCALE * 15 / (2**config.bits - 1)
+        )
         self.num_bytes = 4 * (self.qweight.numel() + self.qzeros.numel() + self.scales.numel())
         self.g_idx: list[Tensor] = []
         for part in shard.parts:
@@ -111,7 +113,9 @@ class GroupedIntWeight(LoadingWeight):
         found = self.g_idx[0]
         if any(not torch.equal(found, other) for other in self.g_idx[1:]):
             names = ", ".join(part.name for part in shard.parts)
-            raise ModelLoadError(f"{names} order their inputs differently (g_idx); they are one product here.")
+            raise ModelLoadError(
+                f"{names} order their inputs differently (g_idx); they are one product here."
+            )
         return found, bool(torch.equal(found, plain))
 
     def _unpacked(self) -> tuple[Tensor, Tensor]:
@@ -167,7 +171,9 @@ class GroupedIntWeight(LoadingWeight):
             )
         counts = torch.bincount(groups, minlength=self.scales.shape[0])
         if bool((counts[:-1] != self.group).any()):
-            raise ModelLoadError(f"{self.shard.parts[0].name}.g_idx has groups that are not of {self.group} inputs.")
+            raise ModelLoadError(
+                f"{self.shard.parts[0].name}.g_idx has groups that are not of {self.group} inputs."
+            )
 
 
 class Int4Method(LinearMethod):
@@ -189,4 +195,3 @@ class Int4Method(LinearMethod):
 
     def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         return int4_linear(x, self.weight, bias, residual=residual)
-

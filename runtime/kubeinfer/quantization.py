@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,12 @@ def read_quantization(hf: dict[str, Any], asked: str | None, where: object) -> Q
             f"quantization {asked} was asked for, but {where} is quantized with {method}; leave --quantization out.",
             "quantization",
         )
-    readers = {"fp8": _fp8, "awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}
+    readers: dict[str, Callable[[dict[str, Any], str], QuantizationConfig]] = {
+        "fp8": _fp8,
+        "awq": _awq,
+        "gptq": _gptq,
+        "compressed-tensors": _compressed,
+    }
     if method not in readers:
         raise ModelLoadError(f"{where}: quantization {method} is not supported; supported: {_SUPPORTED}.")
     try:

@@ -35,6 +35,21 @@ class QuantizedRows:
         return self.data.shape
 
 
+@dataclass(slots=True)
+class RowQuantizer:
+    """How a layer wants its input in 8 bits, for the layer before to give it so: by ``static_scale``, or a scale a token."""
+
+    static_scale: Tensor | None
+
+    def rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> QuantizedRows:
+        """`rms_norm_quantize`."""
+        return rms_norm_quantize(x, residual, weight, eps, self.static_scale)
+
+    def silu_and_mul(self, x: Tensor) -> QuantizedRows:
+        """`silu_and_mul_quantize`."""
+        return silu_and_mul_quantize(x, self.static_scale)
+
+
 def quantize_weight_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """``weight [N, K]`` -> float8_e4m3fn ``[N, K]`` and its scale fp32 ``[N]``, one a row."""
     wide = weight.float()

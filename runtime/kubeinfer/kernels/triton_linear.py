@@ -201,7 +201,9 @@ def find_fp8_config(m: int, n: int, k: int, kind: str) -> Config | None:
     if k % 16:
         return None
     m = 1 << (m - 1).bit_length()
-    found = tuned.lookup("linear", f"fp8/{kind}/{n}x{k}/m{m}", f"fp8/{kind}/k{triton.next_power_of_2(k)}/m{m}")
+    found = tuned.lookup(
+        "linear", f"fp8/{kind}/{n}x{k}/m{m}", f"fp8/{kind}/k{triton.next_power_of_2(k)}/m{m}"
+    )
     if found is not None:
         return None if found["block_n"] == 0 else Config(**found)
     if m > _MOST_FP8_ROWS:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from kubeinfer.errors import OptionError
+from kubeinfer.kernels.fp8 import RowQuantizer
+from kubeinfer.kernels.linear import MAX_FEW_ROWS
 from kubeinfer.layers.norm import RMSNorm
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.layers.quantization import LinearMethod, LoadingWeight, Part, Shard, loading_weight
@@ -34,6 +36,10 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.method.apply(x, self.bias)
+
+    def quantized_by(self, before: RMSNorm | GatedLinear) -> None:
+        """Let the layer before, whose output is only for this one, give it quantized where this one's weight is so."""
+        before.quantizer = self.method.quantizer
 
     def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """This layer of ``norm(x)``."""
@@ -71,8 +77,11 @@ class GatedLinear(ColumnLinear):
         self, store: ParameterStore, gate: str, up: str, out_features: int, in_features: int, bias: bool
     ):
         super().__init__(store, [gate, up], [out_features, out_features], in_features, bias)
+        self.quantizer: RowQuantizer | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.quantizer is not None and x.shape[0] > MAX_FEW_ROWS:
+            return self.quantizer.silu_and_mul(self.method.apply(x, self.bias))
         return self.method.gated(x, self.bias)
 
     def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from kubeinfer.kernels.fp8 import RowQuantizer
+from kubeinfer.kernels.linear import MAX_FEW_ROWS
 from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm
 from kubeinfer.layers.parameters import ParameterStore
 
@@ -15,10 +17,17 @@ class RMSNorm:
     def __init__(self, store: ParameterStore, name: str, size: int, eps: float):
         self.weight = store.empty(size)
         self.eps = eps
+        self.quantizer: RowQuantizer | None = None
         store.expect(f"{name}.weight", self.weight)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``(norm(x + residual), x + residual)``; without a residual ``(norm(x), x)``."""
+        """``(norm(x + residual), x + residual)``; without a residual ``(norm(x), x)``.
+
+        With a ``quantizer`` the first is `QuantizedRows` of more than a few tokens.
+        """
+        if self.quantizer is not None and x.shape[0] > MAX_FEW_ROWS:
+            quantized = self.quantizer.rms_norm(x, residual, self.weight, self.eps)
+            return quantized, x if residual is None else residual
         if residual is None:
             return rms_norm(x, self.weight, self.eps), x
         return fused_add_rms_norm(x, residual, self.weight, self.eps)

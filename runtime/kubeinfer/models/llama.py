@@ -77,6 +77,9 @@ class LlamaForCausalLM:
         for layer in self.layers:
             for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
                 linear.finish_loading()
+            layer.attention.qkv.quantized_by(layer.input_norm)
+            layer.mlp.gate_up.quantized_by(layer.mlp_norm)
+            layer.mlp.down.quantized_by(layer.mlp.gate_up)
         self.head.finish_loading()
 
     def forward(self, input_ids: Tensor, step: StepContext) -> Tensor:

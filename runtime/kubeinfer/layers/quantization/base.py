@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kubeinfer.kernels.activation import silu_and_mul
+from kubeinfer.kernels.fp8 import RowQuantizer
 from kubeinfer.kernels.norm import rms_norm
 
 if TYPE_CHECKING:
@@ -59,8 +60,11 @@ class LoadingWeight(ABC):
 class LinearMethod(ABC):
     """Products with one weight ``[N, K]``. Inputs are ``x [T, K]``; a bias is ``[N]`` in ``x``'s dtype or None.
 
-    What comes besides ``apply`` may be one kernel, and is two here.
+    What comes besides ``apply`` may be one kernel, and is two here. A ``quantizer`` says that of more than a few tokens ``x``
+    may come quantized by it.
     """
+
+    quantizer: RowQuantizer | None = None
 
     @abstractmethod
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:

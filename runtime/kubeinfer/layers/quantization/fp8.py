@@ -11,6 +11,7 @@ from kubeinfer.errors import ModelLoadError, OptionError
 from kubeinfer.kernels.fp8 import (
     FP8,
     QuantizedRows,
+    RowQuantizer,
     block_fp8_linear,
     fp8_add_linear,
     fp8_gated_linear,
@@ -172,6 +173,7 @@ class FP8Method(LinearMethod):
 
     def __init__(self, weight: Tensor, scale: Tensor, static_scale: Tensor | None):
         self.weight, self.scale, self.static_scale = weight, scale, static_scale
+        self.quantizer = RowQuantizer(static_scale)
 
     def apply(self, x: Tensor | QuantizedRows, bias: Tensor | None) -> Tensor:
         return fp8_linear(x, self.weight, self.scale, bias, self.static_scale)

@@ -1,0 +1,486 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment,misc"
+# ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
+"""Triton kernels of `kubeinfer.kernels.int4`: few tokens as fast as the weights are read, more on the tensor cores.
+
+A code becomes a number without a conversion: left in the mantissa of a float32 with an exponent by which its place counts
+one, it is that number plus a constant (128, 2,048 or 32,768, by the place). The constant and the zero leave the sum of a group at
+once: ``sum (c + q - c - z) x = sum (c + q) x - sum c x - z sum x``, where all but the first term do not depend on the row.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kubeinfer.kernels import tuned
+from kubeinfer.kernels.int4 import CHUNK, Int4Weight
+from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+from kubeinfer.kernels.triton_linear import Config
+from kubeinfer.kernels.triton_split import sum_parts
+
+# The most tokens of the kernel without tensor cores.
+MAX_VECTOR_ROWS = 2
+# Warps that keep the memory of a large GPU busy.
+_ENOUGH_WARPS = 1600
+_ENOUGH_PROGRAMS = 256
+
+
+# Bits of the float32 numbers 128, 2,048 and 32,768, whose mantissas' places 2^16, 2^12 and 2^8 count one. Kernels get them as
+# arguments, which keeps them in registers: with two constants in it, a masking and an or would be two instructions.
+_EXPONENTS = (0x43000000, 0x45000000, 0x47000000)
+
+
+@triton.jit
+def _number(words, J: tl.constexpr, at16, at12, at8):
+    """fp32 of code ``J`` of each word, plus the number of its place ."""
+    if J < 2:
+        moved = words << 12
+    elif J < 5:
+        moved = words
+    else:
+        moved = words >> 12
+    if J % 3 == 2:
+        bits = (moved & 0xF00) | at8
+    elif J % 3 == 0:
+        bits = (moved & 0xF000) | at12
+    else:
+        bits = (moved & 0xF0000) | at16
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _four(x, WIDTH: tl.constexpr):
+    """Sums over the four neighbours that one thread holds."""
+    return tl.sum(tl.reshape(x, [WIDTH // 4, 4]), 1)
+
+
+@triton.jit
+def _columns(values, ROWS: tl.constexpr, LENGTH: tl.constexpr):
+    """``ROWS`` tensors ``[LENGTH]`` as the columns of one."""
+    if ROWS == 1:
+        return tl.reshape(values[0], [LENGTH, 1])
+    elif ROWS == 2:
+        return tl.join(values[0], values[1])
+    elif ROWS == 4:
+        four = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
+        return tl.reshape(four, [LENGTH, 4])
+    else:
+        even = tl.join(tl.join(values[0], values[4]), tl.join(values[2], values[6]))
+        odd = tl.join(tl.join(values[1], values[5]), tl.join(values[3], values[7]))
+        return tl.reshape(tl.join(even, odd), [LENGTH, 8])
+
+
+@triton.jit
+def _load_words(words_ptr, rows, start, WORDS: tl.constexpr, WIDTH: tl.constexpr, EVEN_K: tl.constexpr):
+    """A run of ``WIDTH`` words of each of ``rows``; zeros past the end."""
+    lanes = tl.arange(0, WIDTH)
+    found = ()
+    for r in tl.static_range(len(rows)):
+        at = words_ptr + rows[r].to(tl.int64) * WORDS + start + lanes
+        if EVEN_K:
+            found = found + (tl.load(at, eviction_policy="evict_first"),)
+        else:
+            found = found + (tl.load(at, mask=start + lanes < WORDS, other=0, eviction_policy="evict_first"),)
+    return found
+
+
+@triton.jit
+def _load_meta(
+    meta_ptr,
+    rows,
+    start,
+    WORDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Scale and zero of each run of four words, for each group of their chunk and each of ``rows``."""
+    at = start + 4 * tl.arange(0, WIDTH // 4)
+    found = ()
+    for h in tl.static_range(GROUPS):
+        for r in tl.static_range(len(rows)):
+            where = meta_ptr + rows[r] * (WORDS // 32 * GROUPS) + (at // 32) * GROUPS + h
+            if EVEN_K:
+                found = found + (tl.load(where),)
+            else:
+                found = found + (tl.load(where, mask=at < WORDS, other=0),)
+    return found
+
+
+@triton.jit
+def _step(
+    words, metas, x_ptr, norm_ptr, start, sums, squares, at16, at12, at8,
+    M: tl.constexpr, K: tl.constexpr, STRIDE_X: tl.constexpr, NORM: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Add a tile's products to ``sums`` (token by token, each row's), and the inputs' squares to ``squares``."""
+    PER: tl.constexpr = 8 // GROUPS
+    at = start + tl.arange(0, WIDTH)
+    column = (at // 32) * 256 + at % 32
+    for h in tl.static_range(GROUPS):
+        numbers = ()
+        for i in tl.static_range(PER):
+            for r in tl.static_range(ROWS):
+                numbers = numbers + (_number(words[r], h * PER + i, at16, at12, at8),)
+        for m in tl.static_range(M):
+            plain8 = tl.zeros([WIDTH], tl.float32)
+            plain12 = tl.zeros([WIDTH], tl.float32)
+            plain16 = tl.zeros([WIDTH], tl.float32)
+            square = tl.zeros([WIDTH], tl.float32)
+            products = ()
+            for _ in tl.static_range(ROWS):
+                products = products + (tl.zeros([WIDTH], tl.float32),)
+            for i in tl.static_range(PER):
+                k = column + (h * PER + i) * 32
+                if EVEN:
+                    x = tl.load(x_ptr + m * STRIDE_X + k).to(tl.float32)
+                else:
+                    x = tl.load(x_ptr + m * STRIDE_X + k, mask=k < K, other=0.0).to(tl.float32)
+                if NORM:
+                    square += x * x
+                    if EVEN:
+                        x = x * tl.load(norm_ptr + k).to(tl.float32)
+                    else:
+                        x = x * tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+                if (h * PER + i) % 3 == 2:
+                    plain8 += x
+                elif (h * PER + i) % 3 == 0:
+                    plain12 += x
+                else:
+                    plain16 += x
+                for r in tl.static_range(ROWS):
+                    products = products[:r] + (products[r] + numbers[i * ROWS + r] * x,) + products[r + 1 :]
+            sum8, sum12, sum16 = _four(plain8, WIDTH), _four(plain12, WIDTH), _four(plain16, WIDTH)
+            plain = sum8 + sum12 + sum16
+            shifted = 32768.0 * sum8 + 2048.0 * sum12 + 128.0 * sum16
+            if NORM:
+                squares = squares[:m] + (squares[m] + _four(square, WIDTH),) + squares[m + 1 :]
+            for r in tl.static_range(ROWS):
+                meta = metas[h * ROWS + r]
+                scale = (meta & -256).to(tl.float32, bitcast=True)
+                zero = (meta & 255).to(tl.float32)
+                left = _four(products[r], WIDTH) - shifted - zero * plain
+                total = sums[m * ROWS + r] + scale * left
+                sums = sums[: m * ROWS + r] + (total,) + sums[m * ROWS + r + 1 :]
+    return sums, squares
+
+
+@triton.jit(do_not_specialize=["n", "eps", "at16", "at12", "at8"])
+def _vector_kernel(
+    x_ptr,
+    norm_ptr,
+    words_ptr,
+    meta_ptr,
+    bias_ptr,
+    out_ptr,
+    n,
+    eps,
+    at16,
+    at12,
+    at8,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    WORDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    STRIDE_OUT: tl.constexpr,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # Of a gated layer a tile holds gate and up rows in turns, BLOCK_N of each.
+    ROWS: tl.constexpr = BLOCK_N * 2 if GATED else BLOCK_N
+    STEPS: tl.constexpr = (WORDS + WIDTH - 1) // WIDTH
+    EVEN_K: tl.constexpr = WORDS % WIDTH == 0
+    EVEN: tl.constexpr = EVEN_K and K == WORDS * 8
+    first = tl.program_id(0) * BLOCK_N
+    rows = ()
+    for r in tl.static_range(ROWS):
+        # Past the last row it is read again, and nothing of it is kept.
+        if GATED:
+            rows = rows + (tl.minimum(first + r // 2, n - 1) + (r % 2) * n,)
+        else:
+            rows = rows + (tl.minimum(first + r, n - 1),)
+
+    tiles = ()
+    metas = ()
+    for i in tl.static_range(DEPTH):
+        tiles = tiles + (_load_words(words_ptr, rows, i * WIDTH, WORDS, WIDTH, EVEN_K),)
+        metas = metas + (_load_meta(meta_ptr, rows, i * WIDTH, WORDS, WIDTH, GROUPS, EVEN_K),)
+    own = first + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        tile = tl.arange(0, ROWS)
+        if GATED:
+            column = first + tile // 2
+            bias = tl.load(bias_ptr + column + (tile % 2) * n, mask=column < n, other=0.0).to(tl.float32)
+        else:
+            bias = tl.load(bias_ptr + own, mask=own < n, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+    sums = ()
+    squares = ()
+    for _ in tl.static_range(M):
+        squares = squares + (tl.zeros([WIDTH // 4], tl.float32),)
+        for _ in tl.static_range(ROWS):
+            sums = sums + (tl.zeros([WIDTH // 4], tl.float32),)
+    if UNROLL:
+        for i in tl.static_range(STEPS):
+            words = tiles[0]
+            meta = metas[0]
+            tiles = tiles[1:]
+            metas = metas[1:]
+            if i + DEPTH < STEPS:
+                tiles = tiles + (_load_words(words_ptr, rows, (i + DEPTH) * WIDTH, WORDS, WIDTH, EVEN_K),)
+                metas = metas + (
+                    _load_meta(meta_ptr, rows, (i + DEPTH) * WIDTH, WORDS, WIDTH, GROUPS, EVEN_K),
+                )
+            sums, squares = _step(
+                words, meta, x_ptr, norm_ptr, i * WIDTH, sums, squares, at16, at12, at8,
+                M, K, STRIDE_X, NORM, GROUPS, ROWS, WIDTH, EVEN,
+            )  # fmt: skip
+    else:
+        for start in range(0, WORDS, WIDTH):
+            words = tiles[0]
+            meta = metas[0]
+            # Past the end nothing is fetched.
+            tiles = tiles[1:] + (_load_words(words_ptr, rows, start + DEPTH * WIDTH, WORDS, WIDTH, False),)
+            metas = metas[1:] + (
+                _load_meta(meta_ptr, rows, start + DEPTH * WIDTH, WORDS, WIDTH, GROUPS, False),
+            )
+            sums, squares = _step(
+                words, meta, x_ptr, norm_ptr, start, sums, squares, at16, at12, at8,
+                M, K, STRIDE_X, NORM, GROUPS, ROWS, WIDTH, EVEN,
+            )  # fmt: skip
+
+    for m in tl.static_range(M):
+        result = tl.sum(_columns(sums[m * ROWS : (m + 1) * ROWS], ROWS, WIDTH // 4), 0)
+        if NORM:
+            result = result * tl.rsqrt(tl.sum(squares[m], 0) / K + eps)
+        if HAS_BIAS:
+            result += bias
+        if GATED:
+            gate, up = tl.split(tl.reshape(result, [BLOCK_N, 2]))
+            result = gate / (1.0 + tl.exp(-gate)) * up
+        target = out_ptr + m * STRIDE_OUT + own
+        if ADD:
+            result += tl.load(target, mask=own < n, other=0.0).to(tl.float32)
+        tl.store(target, result.to(out_ptr.dtype.element_ty), mask=own < n)
+
+
+_VECTOR = Kernel(_vector_kernel)
+
+
+@triton.jit
+def _unpacked(words_ptr, meta_ptr, rows, inside, chunk, PART: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
+              GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """fp32 ``[BLOCK_N, 256 / PARTS]``: part ``PART`` of a chunk of ``rows``."""
+    CODES: tl.constexpr = 8 // PARTS
+    lanes = tl.arange(0, 32)
+    codes = PART * CODES + tl.arange(0, CODES)
+    words = tl.load(
+        words_ptr + rows.to(tl.int64)[:, None] * WORDS + chunk * 32 + lanes[None, :],
+        mask=inside[:, None],
+        other=0,
+    )
+    where = rows[:, None] * (WORDS // 32 * GROUPS) + chunk * GROUPS + (codes // (8 // GROUPS))[None, :]
+    meta = tl.load(meta_ptr + where, mask=inside[:, None], other=0)
+    scale = (meta & -256).to(tl.float32, bitcast=True)
+    zero = (((meta & 255) << 16) | 0x43000000).to(tl.float32, bitcast=True)  # 128 more, as the codes are
+    moved = (words[:, None, :] >> (codes * 4)[None, :, None]) & 15
+    number = ((moved << 16) | 0x43000000).to(tl.float32, bitcast=True)
+    return tl.reshape((number - zero[:, :, None]) * scale[:, :, None], [BLOCK_N, CODES * 32])
+
+
+@triton.jit(do_not_specialize=["n"])
+def _dequantize_kernel(
+    words_ptr,
+    meta_ptr,
+    out_ptr,
+    n,
+    K: tl.constexpr,
+    WORDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    chunk = tl.program_id(0)
+    wide = _unpacked(words_ptr, meta_ptr, rows, rows < n, chunk, 0, 1, WORDS, GROUPS, BLOCK_N)
+    k = chunk * 256 + tl.arange(0, 256)
+    at = out_ptr + rows.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(at, wide.to(out_ptr.dtype.element_ty), mask=(rows < n)[:, None] & (k < K)[None, :])
+
+
+_DEQUANTIZE = Kernel(_dequantize_kernel)
+
+
+@triton.jit(do_not_specialize=["m", "n", "at16"])
+def _dot_kernel(
+    x_ptr,
+    words_ptr,
+    meta_ptr,
+    bias_ptr,
+    out_ptr,
+    m,
+    n,
+    at16,
+    K: tl.constexpr,
+    WORDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # Weights stand on the left, so that few tokens fill the narrow side of the tensor cores' tiles.
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < n
+    CHUNKS: tl.constexpr = WORDS // 32
+    PER: tl.constexpr = (CHUNKS + SPLITS - 1) // SPLITS
+    first = tl.program_id(2) * PER
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    lanes = tl.arange(0, 32)
+    base = x_ptr + tokens.to(tl.int64)[None, :] * STRIDE_X + lanes[:, None]
+    words_base = words_ptr + rows.to(tl.int64)[:, None] * WORDS + lanes[None, :]
+    meta_base = meta_ptr + rows * (CHUNKS * GROUPS)
+    for chunk in range(first, min(first + PER, CHUNKS)):
+        words = tl.load(words_base + chunk * 32, mask=inside[:, None], other=0)
+        for h in tl.static_range(GROUPS):
+            meta = tl.load(meta_base + chunk * GROUPS + h, mask=inside, other=0)
+            scale = (meta & -256).to(tl.float32, bitcast=True)[:, None]
+            shift = ((((meta & 255) << 16) | 0x43000000).to(tl.float32, bitcast=True))[:, None]
+            for i in tl.static_range(8 // GROUPS):
+                k = chunk * 256 + (h * (8 // GROUPS) + i) * 32
+                if h * (8 // GROUPS) + i <= 4:
+                    bits = (words << (16 - 4 * (h * (8 // GROUPS) + i))) & 0xF0000
+                else:
+                    bits = (words >> (4 * (h * (8 // GROUPS) + i) - 16)) & 0xF0000
+                weight = ((bits | at16).to(tl.float32, bitcast=True) - shift) * scale
+                mask = (tokens < m)[None, :]
+                if K % 256 != 0:
+                    mask = mask & (k + lanes < K)[:, None]
+                x = tl.load(base + k, mask=mask, other=0.0)
+                total = tl.dot(weight.to(x.dtype), x, total)
+    at = tokens.to(tl.int64)[None, :] * n + rows[:, None]
+    mask = inside[:, None] & (tokens < m)[None, :]
+    if SPLITS == 1:
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out_ptr + tl.program_id(2).to(tl.int64) * m * n + at, total, mask=mask)
+
+
+_DOT = Kernel(_dot_kernel)
+
+
+@functools.cache
+def find_config(m: int, n: int, k: int, kind: str) -> Config:
+    """Rows and words of a tile, warps and tiles fetched ahead; ``kind`` is ``plain`` or ``gated`` (two rows an output)."""
+    m = 1 << (m - 1).bit_length()
+    found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
+    if found is not None:
+        return Config(**found)
+    rows = 8 // m
+    tile = max(1, rows // 2) if kind == "gated" else rows
+    warps = 1
+    while warps < 4 and triton.cdiv(n, tile) * warps < _ENOUGH_WARPS and 1024 * warps < k:
+        warps *= 2
+    return Config(tile, 128 * warps, warps, 1)
+
+
+def int4_vector_triton(
+    x: Tensor,
+    weight: Int4Weight,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    gated: bool,
+    residual: Tensor | None,
+    config: Config | None = None,
+) -> Tensor:
+    """`kubeinfer.kernels.int4.int4_linear` of one or a few tokens; the weight's order is the inputs'."""
+    m, k = x.shape
+    n = weight.n // 2 if gated else weight.n
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = residual if residual is not None else torch.empty(m, n, dtype=x.dtype, device=x.device)
+    config = config or find_config(m, n, k, "gated" if gated else "plain")
+    words, width = weight.words.shape[1], config.block_k
+    steps = triton.cdiv(words, width)
+    pdl = overlaps_launches()
+    args = (
+        x, norm_weight if norm_weight is not None else x, weight.words, weight.meta, bias if bias is not None else x, out,
+        n, eps, *_EXPONENTS,
+    )  # fmt: skip
+    constants = (
+        m, k, words, CHUNK // weight.group, x.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None,
+        residual is not None, config.block_n, width, min(config.depth, steps), steps == 1, pdl,
+    )  # fmt: skip
+    _VECTOR.launch((triton.cdiv(n, config.block_n), 1, 1), args, constants, config.num_warps, pdl=pdl)
+    return out
+
+
+def int4_dot_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` on the tensor cores, weights dequantized on the way; inputs in the weight's order."""
+    m, k = x.shape
+    n, words = weight.n, weight.words.shape[1]
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    block_m = min(128, max(16, triton.next_power_of_2(m)))
+    block_n, num_warps = (64, 4) if block_m <= 32 else (128, 8)
+    tiles = triton.cdiv(n, block_n) * triton.cdiv(m, block_m)
+    chunks = words // 32
+    splits = 1
+    while splits < 16 and tiles * splits < _ENOUGH_PROGRAMS and chunks >= 4 * splits:
+        splits *= 2
+    splits = triton.cdiv(chunks, triton.cdiv(chunks, splits))  # none is empty
+    target = out if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
+    pdl = overlaps_launches()
+    _DOT.launch(
+        (triton.cdiv(n, block_n), triton.cdiv(m, block_m), splits),
+        (x, weight.words, weight.meta, bias if bias is not None else x, target, m, n, _EXPONENTS[0]),
+        (k, words, CHUNK // weight.group, x.stride(0), bias is not None, splits, block_m, block_n, pdl),
+        num_warps,
+        pdl=pdl,
+    )
+    return out if splits == 1 else sum_parts(target, bias, out)
+
+
+def dequantize_int4_triton(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
+    """`kubeinfer.kernels.int4.dequantize_int4` on CUDA tensors."""
+    out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.words.device)
+    words, block_n = weight.words.shape[1], 16
+    pdl = overlaps_launches()
+    _DEQUANTIZE.launch(
+        (words // 32, triton.cdiv(weight.n, block_n), 1),
+        (weight.words, weight.meta, out, weight.n),
+        (weight.k, words, CHUNK // weight.group, block_n, pdl),
+        4,
+        pdl=pdl,
+    )
+    return out

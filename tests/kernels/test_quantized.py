@@ -1,0 +1,283 @@
+"""Quantized products and quantization, against float64 on the numbers that the quantized ones stand for."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from kubeinfer.kernels import fp8, int4
+from kubeinfer.kernels.fp8 import FP8, QuantizedRows
+from kubeinfer.kernels.int4 import Int4Weight, int4_linear, pack_int4
+
+EPS = 1e-5
+HALVES = [torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    return float((got.double().cpu() - want).norm() / want.norm())
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.double()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.double()
+
+
+def gated(y: Tensor) -> Tensor:
+    gate, up = y.chunk(2, 1)
+    return gate * torch.sigmoid(gate) * up
+
+
+def numbers(rows: QuantizedRows, block: int | None = None) -> Tensor:
+    scale = rows.scale.double().cpu()
+    if block is not None:
+        scale = scale.repeat_interleave(block, 1)[:, : rows.shape[1]]
+    return rows.data.double().cpu() * scale
+
+
+# Quantization of activations
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (9, 896), (40, 1000), (3, 3584), (600, 96)])
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_in_8_bits(device: str, dtype: torch.dtype, tokens: int, width: int, static: bool) -> None:
+    torch.manual_seed(tokens + width)
+    x = (torch.randn(tokens, width) * torch.rand(tokens, 1) * 3).to(dtype)
+    residual, weight = torch.randn(tokens, width).to(dtype), (torch.rand(width) + 0.5).to(dtype)
+    scale = torch.tensor([0.02]) if static else None
+    given = None if scale is None else scale.to(device)
+    total = (x.float() + residual.float()).to(dtype)
+    residual_on = residual.clone().to(device)
+    for got, want in (
+        (fp8.quantize_rows(x.to(device), given), x.double()),
+        (fp8.rms_norm_quantize(x.to(device), None, weight.to(device), EPS, given), normed(x, weight)),
+        (
+            fp8.rms_norm_quantize(x.to(device), residual_on, weight.to(device), EPS, given),
+            normed(total, weight),
+        ),
+        (
+            fp8.silu_and_mul_quantize(torch.cat((x, residual), 1).to(device), given),
+            gated(torch.cat((x, residual), 1).double()),
+        ),
+    ):
+        assert got.data.dtype == FP8
+        assert got.dtype == dtype
+        assert got.scale.shape == (tokens, 1)
+        expected = (
+            want.abs().amax(1, keepdim=True) / 448 if scale is None else scale.double().expand(tokens, 1)
+        )
+        assert torch.allclose(got.scale.double().cpu(), expected, rtol=1e-2)
+        bound = want.clamp(-448 * expected, 448 * expected)
+        # Half a unit in the last of 3 bits of mantissa, or of the smallest number; and the dtype's own rounding.
+        off = (numbers(got) - bound).abs()
+        assert bool((off <= 0.075 * bound.abs() + expected * 2**-9 + 1e-6).all())
+    assert torch.equal(residual_on.cpu(), total)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 128), (3, 896), (70, 1000)])
+def test_blocks_in_8_bits(device: str, tokens: int, width: int) -> None:
+    x = torch.randn(tokens, width, dtype=torch.bfloat16)
+    x[0, :128] = 0
+    got = fp8.quantize_rows(x.to(device), None, 128)
+    assert got.scale.shape == (tokens, -(-width // 128))
+    spread = got.scale.double().cpu().repeat_interleave(128, 1)[:, :width]
+    off = (numbers(got, 128) - x.double()).abs()
+    assert bool((off <= 0.075 * x.double().abs() + spread * 2**-9).all())
+
+
+def test_strided_rows_in_8_bits(device: str) -> None:
+    wide = torch.randn(9, 300, dtype=torch.bfloat16)
+    got = fp8.quantize_rows(wide.to(device)[:, 32:288])
+    assert error(numbers(got), wide[:, 32:288].double()) < 0.04
+
+
+# Products with FP8 weights
+
+
+def fp8_weight(n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    data, scale = fp8.quantize_weight_rows(torch.randn(n, k) / k**0.5 * (1 + torch.rand(n, 1)))
+    return data, scale, data.double() * scale.double()[:, None]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("tokens", "n", "k"),
+    [(1, 48, 896), (2, 32, 3584), (4, 80, 208), (3, 16, 4864), (7, 64, 256), (33, 96, 512)],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_fp8_products(device: str, dtype: torch.dtype, tokens: int, n: int, k: int, bias: bool) -> None:
+    """Fused and not; of a few tokens nearly exact, of more with their inputs in 8 bits too."""
+    torch.manual_seed(tokens * n + k)
+    x, norm = torch.randn(tokens, k).to(dtype), (torch.rand(k) + 0.5).to(dtype)
+    data, scale, plain = fp8_weight(2 * n, k)
+    b = torch.randn(2 * n).to(dtype) if bias else None
+    residual = torch.randn(tokens, 2 * n).to(dtype)
+    few = tokens <= 4 and torch.zeros(1, device=device).is_cuda
+    tolerance = TOLERANCE[dtype] if few else 0.06
+
+    def dense(y: Tensor) -> Tensor:
+        return y.double() @ plain.T + (b.double() if b is not None else 0)
+
+    w, s, nw = data.to(device), scale.to(device), norm.to(device)
+    b_on = None if b is None else b.to(device)
+    on = x.to(device)
+    assert error(fp8.fp8_linear(on, w, s, b_on), dense(x)) < tolerance
+    assert error(fp8.fp8_norm_linear(on, nw, EPS, w, s, b_on, None), dense(normed(x, norm))) < tolerance
+    assert error(fp8.fp8_gated_linear(on, None, 0.0, w, s, b_on, None), gated(dense(x))) < 2 * tolerance
+    got = fp8.fp8_gated_linear(on, nw, EPS, w, s, b_on, None)
+    assert got.dtype == dtype
+    assert error(got, gated(dense(normed(x, norm)))) < 2 * tolerance
+    total = residual.clone().to(device)
+    assert fp8.fp8_add_linear(total, on, w, s, b_on, None) is total
+    assert error(total, residual.double() + dense(x)) < tolerance
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_products_of_quantized_rows(device: str, static: bool) -> None:
+    """Nothing is lost but the rounding of the result: what is multiplied is known exactly."""
+    x = torch.randn(50, 256, dtype=torch.bfloat16)
+    data, scale, plain = fp8_weight(64, 256)
+    rows = fp8.quantize_rows(x.to(device), torch.tensor([0.01], device=device) if static else None)
+    got = fp8.fp8_linear(rows, data.to(device), scale.to(device))
+    assert got.dtype == torch.bfloat16
+    assert error(got, numbers(rows) @ plain.T) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("tokens", "n", "k"), [(1, 48, 896), (5, 130, 3584), (40, 96, 208), (70, 200, 512), (300, 64, 256)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_block_fp8_products(device: str, dtype: torch.dtype, tokens: int, n: int, k: int, bias: bool) -> None:
+    torch.manual_seed(tokens + n + k)
+    x = torch.randn(tokens, k).to(dtype)
+    data = torch.randn(n, k).clamp(-440, 440).to(FP8)
+    scale = torch.rand(-(-k // 128), n) + 0.5
+    b = torch.randn(n).to(dtype) if bias else None
+    plain = data.double() * scale.double().t().repeat_interleave(128, 1)[:, :k]
+    rows = fp8.quantize_rows_reference(x, None, 128)
+    want = numbers(rows, 128) @ plain.T + (b.double() if b is not None else 0)
+    got = fp8.block_fp8_linear(
+        x.to(device), data.to(device), scale.to(device), 128, None if b is None else b.to(device)
+    )
+    assert got.dtype == dtype
+    assert error(got, want) < TOLERANCE[dtype]
+    assert error(got, x.double() @ plain.T + (b.double() if b is not None else 0)) < 0.05
+
+
+# Products with 4-bit weights
+
+
+def int4_weight(n: int, k: int, group: int, act_order: bool = False) -> tuple[Int4Weight, Tensor]:
+    """Packed, and in float64 with inputs in the layer's own order."""
+    groups = -(-k // group)
+    codes = torch.randint(0, 16, (k, n), dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (groups, n), dtype=torch.uint8)
+    scales = (torch.rand(groups, n) / k**0.5).half().float() / 4
+    at = torch.arange(k) // group
+    plain = ((codes.double() - zeros.double()[at]) * scales.double()[at]).T
+    if not act_order:
+        return pack_int4(codes, scales, zeros, group, None), plain
+    order = torch.randperm(k)
+    own = torch.empty_like(plain)
+    own[:, order] = plain
+    return pack_int4(codes, scales, zeros, group, order), own
+
+
+def move(weight: Int4Weight, device: str) -> Int4Weight:
+    order = None if weight.order is None else weight.order.to(device)
+    return Int4Weight(
+        weight.words.to(device), weight.meta.to(device), weight.n, weight.k, weight.group, order
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group"),
+    [(48, 256, 128), (8, 896, 32), (24, 1000, 64), (16, 4864, 256), (40, 200, 200), (8, 3584, 3584)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_dequantized(device: str, n: int, k: int, group: int, dtype: torch.dtype) -> None:
+    weight, plain = int4_weight(n, k, group)
+    got = int4.dequantize_int4(move(weight, device), dtype)
+    assert torch.equal(got.cpu(), int4.dequantize_int4_reference(weight, dtype))
+    assert error(got, plain) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "group", "act_order"),
+    [
+        (1, 48, 256, 128, False),
+        (1, 20, 896, 32, False),
+        (1, 24, 3584, 128, False),
+        (1, 16, 4864, 64, True),
+        (2, 42, 1000, 1000, False),
+        (2, 24, 3584, 128, False),
+        (3, 70, 512, 128, False),
+        (16, 48, 896, 64, False),
+        (33, 130, 1024, 32, True),
+        (100, 64, 3584, 128, False),
+        (200, 24, 200, 200, False),
+        (300, 40, 256, 128, True),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_int4_products(
+    device: str, dtype: torch.dtype, tokens: int, n: int, k: int, group: int, act_order: bool, bias: bool
+) -> None:
+    torch.manual_seed(tokens * n + k)
+    x, norm = torch.randn(tokens, k).to(dtype), (torch.rand(k) + 0.5).to(dtype)
+    packed, plain = int4_weight(2 * n, k, group, act_order)
+    weight = move(packed, device)
+    b = torch.randn(2 * n).to(dtype) if bias else None
+    b_on = None if b is None else b.to(device)
+    residual = torch.randn(tokens, 2 * n).to(dtype)
+    on, nw = x.to(device), norm.to(device)
+
+    def dense(y: Tensor) -> Tensor:
+        return y.double() @ plain.T + (b.double() if b is not None else 0)
+
+    tolerance = TOLERANCE[dtype]
+    got = int4_linear(on, weight, b_on)
+    assert got.dtype == dtype
+    assert error(got, dense(x)) < tolerance
+    assert error(int4_linear(on, weight, b_on, nw, EPS), dense(normed(x, norm))) < tolerance
+    assert error(int4_linear(on, weight, b_on, gated=True), gated(dense(x))) < tolerance
+    assert (
+        error(int4_linear(on, weight, b_on, nw, EPS, gated=True), gated(dense(normed(x, norm)))) < tolerance
+    )
+    total = residual.clone().to(device)
+    assert int4_linear(on, weight, b_on, residual=total) is total
+    assert error(total, residual.double() + dense(x)) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "config", [(8, 128, 1, 1), (8, 256, 2, 2), (4, 512, 4, 1), (1, 128, 1, 2), (2, 256, 2, 3)]
+)
+@pytest.mark.parametrize("k", [256, 1000, 3584])
+def test_every_tile_of_the_int4_kernel(device: str, config: tuple[int, int, int, int], k: int) -> None:
+    if not torch.zeros(1, device=device).is_cuda:
+        pytest.skip("about the Triton kernel")
+    from kubeinfer.kernels.triton_int4 import int4_vector_triton
+    from kubeinfer.kernels.triton_linear import Config
+
+    packed, plain = int4_weight(52, k, 64)
+    weight, x = move(packed, device), torch.randn(2, k, dtype=torch.float16)
+    got = int4_vector_triton(x.to(device), weight, None, None, 0.0, False, None, Config(*config))
+    assert error(got, x.double() @ plain.T) < TOLERANCE[torch.float16]
+
+
+def test_packing_is_reversible() -> None:
+    rng = random.Random(0)
+    for _ in range(5):
+        n, k = 8 * rng.randrange(1, 6), 32 * rng.randrange(1, 20)
+        codes = torch.randint(0, 16, (k, n), dtype=torch.uint8)
+        ones = torch.ones(k // 32, n)
+        weight = pack_int4(codes, ones, torch.zeros_like(ones), 32, None)
+        assert torch.equal(int4.dequantize_int4_reference(weight, torch.float32), codes.float().t())

@@ -2,6 +2,7 @@
 """The README's GPU table: the fixed workloads on models of published shapes with random weights, greedy.
 
     python benchmarks/gpu.py [--models qwen2-0.5b,qwen2.5-7b] [--workloads W4,W2,W1,W3,W5] [--tp N] [--reps 2] [--json FILE]
+        [--quantization fp8|fp8-block|awq|gptq]
 
 Each model runs in a process of its own. Before the timing of a workload a slice of it is run; of several repetitions, each
 with fresh tokens, all are printed. ``start`` is from the import to an engine that takes requests.
@@ -23,6 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import shapes
 import workloads as W
 
+# What --quantization writes into config.json; fp8 quantizes the (dummy) bfloat16 weights at load.
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
+    "fp8-block": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+}
+
 
 def run_model(args: argparse.Namespace) -> None:
     """In a model's process: print a JSON line for the start and each workload repetition."""
@@ -31,10 +39,13 @@ def run_model(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as root:
         folder = shapes.make_shape(args.models, Path(root))
+        own = CHECKPOINTS.get(args.quantization)
+        overrides = None if own is None else {"quantization_config": own}
         began_engine = time.perf_counter()
         llm = LLM(
             str(folder), load_format="dummy", dtype="bfloat16", max_model_len=8192, gpu_memory_utilization=0.9,
-            tensor_parallel_size=args.tp,
+            tensor_parallel_size=args.tp, quantization="fp8" if args.quantization == "fp8" else None,
+            hf_overrides=overrides,
         )  # fmt: skip
     emit(
         args,
@@ -77,7 +88,8 @@ def run_model(args: argparse.Namespace) -> None:
 
 
 def emit(args: argparse.Namespace, **values: Any) -> None:
-    line = json.dumps({"model": args.models, "tp": args.tp, **values})
+    quantized = {"quantization": args.quantization} if args.quantization else {}
+    line = json.dumps({"model": args.models, "tp": args.tp, **quantized, **values})
     print(line, flush=True)
     if args.json:
         with open(args.json, "a", encoding="utf-8") as file:
@@ -92,6 +104,9 @@ def main() -> int:
     parser.add_argument("--workloads", default="W4,W2,W1,W3,W5")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--reps", type=int, default=2)
+    parser.add_argument(
+        "--quantization", choices=["fp8", *CHECKPOINTS], help="of the weights; bfloat16 when not given"
+    )
     parser.add_argument("--json", help="append the lines to this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -107,6 +122,7 @@ def main() -> int:
             "--reps",
             str(args.reps),
             *(["--json", args.json] if args.json else []),
+            *(["--quantization", args.quantization] if args.quantization else []),
         ]
         code = subprocess.run(command, check=False).returncode or code
     return code

@@ -466,6 +466,7 @@ def int4_dot_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tenso
         (x, weight.words, weight.meta, bias if bias is not None else x, target, m, n, _EXPONENTS[0]),
         (k, words, CHUNK // weight.group, x.stride(0), bias is not None, splits, block_m, block_n, pdl),
         num_warps,
+        2,  # a chunk is eight products: their inputs, in three stages, would not fit into shared memory
         pdl=pdl,
     )
     return out if splits == 1 else sum_parts(target, bias, out)

@@ -1,0 +1,267 @@
+"""Times quantized linear layers beside unquantized ones, and tunes their kernels of a few tokens.
+
+    PYTHONPATH=runtime python3 benchmarks/gpu_quantized.py [--tune FOLDER] [--tokens 1,2,4,8,16,64,256,1024,4096]
+
+For every product of a decoder layer of the 7B shape: microseconds as the layer runs it (norm and activation included), as
+replayed CUDA graphs that take turns over weights larger than the L2 cache. ``--tune`` first times each configuration of the
+kernels of a few tokens, checks it, and writes ``int4.json`` and the entries of FP8 weights, ``linear_fp8.json``, there; those
+of the two that win belong into ``runtime/kubeinfer/kernels/tuned``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_linear import Product, microseconds, products
+from kubeinfer.kernels import fp8, int4
+from kubeinfer.kernels.activation import silu_and_mul, silu_and_mul_reference
+from kubeinfer.kernels.fused_linear import add_linear, gated_linear, norm_linear
+from kubeinfer.kernels.int4 import Int4Weight
+from kubeinfer.kernels.linear import MAX_FEW_ROWS
+from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm_reference
+from kubeinfer.kernels.triton_int4 import int4_vector_triton
+from kubeinfer.kernels.triton_linear import Config, linear_triton
+
+_TURNS_BYTES = 256 << 20
+_GROUP = 128
+
+
+def int4_weights(product: Product, count: int) -> list[Int4Weight]:
+    words = -(-product.k // int4.CHUNK) * int4.CHUNK // 8
+    scale = torch.full((product.rows, words * 8 // _GROUP), 0.003, device="cuda")
+    meta = int4.pack_meta(scale, torch.full_like(scale, 7))
+    return [
+        Int4Weight(
+            torch.randint(-(2**31), 2**31 - 1, (product.rows, words), dtype=torch.int32, device="cuda"),
+            meta, product.rows, product.k, _GROUP,
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def fp8_weights(product: Product, count: int) -> list[tuple[Tensor, Tensor]]:
+    scale = torch.full((product.rows,), 3e-4, device="cuda")
+    return [
+        (torch.empty(product.rows, product.k, device="cuda").normal_(0, 64).to(fp8.FP8), scale)
+        for _ in range(count)
+    ]
+
+
+def turns(nbytes: int) -> int:
+    return max(1, min(32, _TURNS_BYTES // nbytes))
+
+
+class Inputs:
+    def __init__(self, product: Product, m: int):
+        torch.manual_seed(0)
+        half = {"device": "cuda", "dtype": torch.bfloat16}
+        self.product, self.m = product, m
+        self.x = torch.randn(m, product.k, **half)
+        self.residual = torch.randn(m, product.n, **half)
+        self.norm = torch.rand(product.k, **half) + 0.5
+        self.before = torch.randn(m, product.k, **half)
+
+    def dense(self, w: Tensor) -> object:
+        p = self.product
+        if self.m <= MAX_FEW_ROWS:
+            if p.gated:
+                return gated_linear(self.x, w, None, None, self.norm, 1e-6)
+            if p.add:
+                return add_linear(self.residual, self.x, w)
+            return norm_linear(self.x, self.norm, 1e-6, w) if p.norm else self.x @ w.t()
+        x = fused_add_rms_norm(self.x, self.before, self.norm, 1e-6)[0] if p.norm else self.x
+        y = x @ w.t()
+        return silu_and_mul(y) if p.gated else y
+
+    def fp8(self, weight: tuple[Tensor, Tensor]) -> object:
+        p, (w, s) = self.product, weight
+        if self.m <= MAX_FEW_ROWS:
+            if p.gated:
+                return fp8.fp8_gated_linear(self.x, self.norm, 1e-6, w, s, None, None)
+            if p.add:
+                return fp8.fp8_add_linear(self.residual, self.x, w, s, None, None)
+            return fp8.fp8_norm_linear(self.x, self.norm, 1e-6, w, s, None, None)
+        rows = (
+            fp8.rms_norm_quantize(self.x, self.before, self.norm, 1e-6)
+            if p.norm
+            else fp8.quantize_rows(self.x)
+        )
+        y = fp8.scaled_product(rows, w, s, None)
+        return fp8.silu_and_mul_quantize(y) if p.gated else y
+
+    def int4(self, w: Int4Weight) -> object:
+        p = self.product
+        norm = self.norm if p.norm else None
+        return int4.int4_linear(self.x, w, None, norm, 1e-6, p.gated, self.residual if p.add else None)
+
+
+def report(tokens: list[int]) -> None:
+    print(f"{'product':14} {'m':>5} {'bf16':>9} {'fp8':>9} {'int4':>9} us; int4 TB/s")
+    sums: dict[int, list[float]] = {}
+    for product in layer_products():
+        size = product.rows * product.k
+        half = [
+            torch.randn(product.rows, product.k, device="cuda", dtype=torch.bfloat16)
+            for _ in range(turns(2 * size))
+        ]
+        eighth, fourth = fp8_weights(product, turns(size)), int4_weights(product, turns(size // 2))
+        for m in tokens:
+            given = Inputs(product, m)
+            times = [
+                microseconds(given.dense, half),
+                microseconds(given.fp8, eighth),
+                microseconds(given.int4, fourth),
+            ]
+            total = sums.setdefault(m, [0.0, 0.0, 0.0])
+            for i, t in enumerate(times):
+                total[i] += t
+            rate = size / 2 * (1 + 8 / _GROUP) / times[2] / 1e6
+            print(
+                f"{product.name:14} {m:5} {times[0]:9.2f} {times[1]:9.2f} {times[2]:9.2f} {rate:7.2f}",
+                flush=True,
+            )
+    for m, total in sums.items():
+        print(f"{'layer':14} {m:5} " + " ".join(f"{t:9.2f}" for t in total))
+
+
+def layer_products() -> list[Product]:
+    return [p for p in products() if p.name.startswith("7B") and "head" not in p.name]
+
+
+def int4_candidates(product: Product, m: int) -> list[Config]:
+    """Rows (of an output's two, where gated), words a step (128 a warp), warps, tiles fetched ahead."""
+    return [
+        Config(rows // 2 if product.gated else rows, 128 * warps, warps, depth)
+        for rows in ((8, 4) if m == 1 else (4, 2))
+        for warps in (1, 2, 4)
+        for depth in (1, 2)
+        if depth == 1 or 1024 * warps < product.k
+    ]
+
+
+def fp8_candidates(product: Product, m: int) -> list[Config]:
+    return [
+        Config(rows // 2 if product.gated else rows, 256 * warps, warps, depth)
+        for rows in (8, 4)
+        for warps in (2, 4, 8)
+        for depth in (1, 2, 4)
+        if -(-product.k // (256 * warps)) * m <= 40
+        and depth <= -(-product.k // (256 * warps))
+        and rows * depth * m <= 32
+    ]
+
+
+def int4_run(given: Inputs, config: Config, weight: Int4Weight, residual: Tensor) -> Tensor:
+    p = given.product
+    norm = given.norm if p.norm else None
+    return int4_vector_triton(given.x, weight, None, norm, 1e-6, p.gated, residual if p.add else None, config)
+
+
+def fp8_run(given: Inputs, config: Config, weight: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+    p = given.product
+    norm = given.norm if p.norm else None
+    return linear_triton(
+        given.x, weight[0], None, out, config, norm, 1e-6, p.gated, p.add, weight_scale=weight[1]
+    )
+
+
+def fp8_cores(given: Inputs, weight: tuple[Tensor, Tensor]) -> Tensor:
+    """What a layer runs without the kernel of a few tokens. The residual addition is left out."""
+    p = given.product
+    rows = fp8.rms_norm_quantize(given.x, None, given.norm, 1e-6) if p.norm else fp8.quantize_rows(given.x)
+    y = fp8.scaled_product(rows, *weight, None)
+    return silu_and_mul(y) if p.gated else y
+
+
+def check(task: tuple[str, Product, int, list[Config]]) -> list[tuple[str, str, int, Config, str]]:
+    """Compile and run every configuration once; what is wrong."""
+    kind, product, m, configs = task
+    given = Inputs(product, m)
+    weight = int4_weights(product, 1)[0] if kind == "int4" else fp8_weights(product, 1)[0]
+    if isinstance(weight, Int4Weight):
+        matrix = int4.dequantize_int4_reference(weight, torch.float32)
+    else:
+        matrix = weight[0].float() * weight[1][:, None]
+    x = rms_norm_reference(given.x.float(), given.norm, 1e-6) if product.norm else given.x.float()
+    want = x @ matrix.t()
+    want = silu_and_mul_reference(want) if product.gated else want
+    want = want + given.residual.float() if product.add else want
+    wrong = []
+    for config in configs:
+        try:
+            residual = given.residual.clone()
+            run: Any = int4_run if kind == "int4" else fp8_run
+            got = run(given, config, weight, residual).float()
+            off = float((got - want).norm() / want.norm())
+        except Exception as exc:  # reported: one bad candidate must not end the run
+            wrong.append((kind, product.name, m, config, f"{type(exc).__name__} {exc}"[:200]))
+            continue
+        if not off < 1e-2:
+            wrong.append((kind, product.name, m, config, f"relative error {off:.2e}"))
+    return wrong
+
+
+def tune(folder: Path, workers: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    candidates: dict[tuple[str, Product, int], list[Config]] = {}
+    for product in layer_products():
+        candidates.update({("int4", product, m): int4_candidates(product, m) for m in (1, 2)})
+        candidates.update({("fp8", product, m): fp8_candidates(product, m) for m in (1, 2, 4)})
+    tasks = [
+        (*key, configs[i : i + 3]) for key, configs in candidates.items() for i in range(0, len(configs), 3)
+    ]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        wrong = [w for found in pool.imap_unordered(check, tasks) for w in found]
+    for entry in wrong:
+        print("wrong:", *entry, flush=True)
+    bad = {entry[:4] for entry in wrong}
+    tables: dict[str, dict[str, dict[str, int]]] = {"int4": {}, "fp8": {}}
+    for (kind, product, m), configs in candidates.items():
+        size = product.rows * product.k // (2 if kind == "int4" else 1)
+        given = Inputs(product, m)
+        weights: list[Any] = (int4_weights if kind == "int4" else fp8_weights)(product, turns(size))
+        run: Any = int4_run if kind == "int4" else fp8_run
+        spare = given.residual.clone()
+        timed = [
+            (microseconds(lambda w, g=given, c=config, r=spare, f=run: f(g, c, w, r), weights), config)
+            for config in configs
+            if (kind, product.name, m, config) not in bad
+        ]
+        best, config = min(timed, key=lambda pair: pair[0])
+        text = ""
+        if kind == "fp8":
+            cores = microseconds(lambda w, g=given: fp8_cores(g, w), weights)
+            text = f" (tensor cores {cores:.2f})"
+            config = config if best < cores else Config(0, 0, 0, 0)
+        key = f"{'fp8/' if kind == 'fp8' else ''}{product.kind}/{product.n}x{product.k}/m{m}"
+        tables[kind][key] = asdict(config)
+        print(
+            f"{product.name:12} {kind} m{m} {best:7.2f} us{text} {size / best / 1e6:5.2f} TB/s {config}",
+            flush=True,
+        )
+    (folder / "int4.json").write_text(json.dumps(tables["int4"], indent=1) + "\n")
+    (folder / "linear_fp8.json").write_text(json.dumps(tables["fp8"], indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tune", type=Path, metavar="FOLDER")
+    parser.add_argument("--tokens", default="1,2,4,8,16,64,256,1024,4096")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    options = parser.parse_args()
+    if options.tune:
+        tune(options.tune, options.workers)
+    report([int(m) for m in options.tokens.split(",")])
+
+
+if __name__ == "__main__":
+    main()

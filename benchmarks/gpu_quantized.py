@@ -137,11 +137,11 @@ def layer_products() -> list[Product]:
     return [p for p in products() if p.name.startswith("7B") and "head" not in p.name]
 
 
-def int4_candidates(product: Product, m: int) -> list[Config]:
+def int4_candidates(product: Product) -> list[Config]:
     """Rows (of an output's two, where gated), words a step (128 a warp), warps, tiles fetched ahead."""
     return [
         Config(rows // 2 if product.gated else rows, 128 * warps, warps, depth)
-        for rows in ((8, 4) if m == 1 else (4, 2))
+        for rows in (8, 4)
         for warps in (1, 2, 4)
         for depth in (1, 2)
         if depth == 1 or 1024 * warps < product.k
@@ -214,7 +214,7 @@ def tune(folder: Path, workers: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     candidates: dict[tuple[str, Product, int], list[Config]] = {}
     for product in layer_products():
-        candidates.update({("int4", product, m): int4_candidates(product, m) for m in (1, 2)})
+        candidates[("int4", product, 1)] = int4_candidates(product)
         candidates.update({("fp8", product, m): fp8_candidates(product, m) for m in (1, 2, 4)})
     tasks = [
         (*key, configs[i : i + 3]) for key, configs in candidates.items() for i in range(0, len(configs), 3)

@@ -46,6 +46,12 @@ def test_tokens_are_those_of_the_dequantized_weights(tmp_path: Path, base: str, 
     assert_equals(plain, outputs(quantized), f"{base} {scheme}")
 
 
+@pytest.mark.parametrize(("base", "scheme"), [("opt", "awq"), ("qwen3", "fp8-block"), ("llama-bias", "gptq")])
+def test_other_architectures(tmp_path: Path, base: str, scheme: str) -> None:
+    quantized, plain = quantized_pair(base, scheme, tmp_path)
+    assert_equals(plain, outputs(quantized), f"{base} {scheme}")
+
+
 @pytest.mark.parametrize("scheme", ["awq", "fp8"])
 def test_layers_that_are_left_unquantized(tmp_path: Path, scheme: str) -> None:
     quantized, plain = quantized_pair("llama", scheme, tmp_path, skip="mlp")

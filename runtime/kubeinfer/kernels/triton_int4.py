@@ -24,8 +24,8 @@ from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 from kubeinfer.kernels.triton_linear import Config
 from kubeinfer.kernels.triton_split import sum_parts
 
-# The most tokens of the kernel without tensor cores.
-MAX_VECTOR_ROWS = 2
+# The most tokens of the kernel without tensor cores: with more its instructions, not the weights' bytes, take the time.
+MAX_VECTOR_ROWS = 1
 # Warps that keep the memory of a large GPU busy.
 _ENOUGH_WARPS = 1600
 _ENOUGH_PROGRAMS = 256

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from fixtures.quantized import SCHEMES, quantized_pair
+from fixtures.quantized import GROUP, SCHEMES, quantized_pair
 from fixtures.reference import assert_greedy, random_prompts, reference_model
 from fixtures.tiny_models import VOCAB_SIZE, tiny_model
 from kubeinfer import LLM, SamplingParams
@@ -19,6 +19,8 @@ from kubeinfer.errors import ModelLoadError, OptionError
 from kubeinfer.layers.linear import ColumnLinear, RowLinear
 from kubeinfer.layers.parallel import Group
 from kubeinfer.layers.parameters import ParameterStore
+from kubeinfer.layers.quantization.fp8 import FP8Weight
+from kubeinfer.layers.quantization.grouped_int import GroupedIntWeight
 from kubeinfer.quantization import FP8Config, GroupedIntConfig, QuantizationConfig
 
 PROMPTS = random_prompts(12, [1, 5, 17, 33, 60], VOCAB_SIZE)
@@ -56,6 +58,37 @@ def test_other_architectures(tmp_path: Path, base: str, scheme: str) -> None:
 def test_layers_that_are_left_unquantized(tmp_path: Path, scheme: str) -> None:
     quantized, plain = quantized_pair("llama", scheme, tmp_path, skip="mlp")
     assert_equals(plain, outputs(quantized), scheme)
+
+
+@pytest.mark.parametrize("scheme", ["awq", "gptq", "gptq-v2", "gptq-act-order", "gptq-channel"])
+def test_our_layout_of_4_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """What a GPU would get, multiplied by the references of its kernels."""
+    monkeypatch.setattr(GroupedIntWeight, "_why_dense", lambda _: None)
+    quantized, plain = quantized_pair("qwen2", scheme, tmp_path)
+    assert_equals(plain, outputs(quantized), scheme)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-static", "fp8-block", "compressed-tensors"])
+def test_activations_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """Norms and activations that quantize for the layer after them, by the references of the kernels: scores stay near."""
+    monkeypatch.setattr(FP8Weight, "_why_dense", lambda _: None)
+    monkeypatch.setattr("kubeinfer.layers.quantization.fp8._KERNEL_BLOCK", GROUP)
+    quantized, plain = quantized_pair("qwen2", scheme, tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    scores = []
+    for folder in (quantized, plain):
+        with LLM(str(folder), **OPTIONS) as llm:
+            scores.append(
+                [
+                    entry[token].logprob
+                    for result in llm.generate(PROMPTS, params, use_tqdm=False)
+                    for entry, token in zip(result.prompt_logprobs or (), result.prompt_token_ids)
+                    if entry is not None
+                ]
+            )
+    off = sum(abs(a - b) for a, b in zip(*scores, strict=True)) / len(scores[0])
+    # Unrelated tokens would be about 6 off.
+    assert 0.05 < off < (2.5 if scheme == "fp8-static" else 1.3)
 
 
 def test_a_bias_of_zeros_that_the_model_does_not_have_is_no_error(tmp_path: Path) -> None:

@@ -134,8 +134,6 @@ def _step(
             plain16 = tl.zeros([WIDTH], tl.float32)
             square = tl.zeros([WIDTH], tl.float32)
             products = ()
-            for _ in tl.static_range(ROWS):
-                products = products + (tl.zeros([WIDTH], tl.float32),)
             for i in tl.static_range(PER):
                 k = column + (h * PER + i) * 32
                 if EVEN:
@@ -155,7 +153,10 @@ def _step(
                 else:
                     plain16 += x
                 for r in tl.static_range(ROWS):
-                    products = products[:r] + (products[r] + numbers[i * ROWS + r] * x,) + products[r + 1 :]
+                    if i == 0:
+                        products = products + (numbers[r] * x,)
+                    else:
+                        products = products[:r] + (products[r] + numbers[i * ROWS + r] * x,) + products[r + 1 :]
             sum8, sum12, sum16 = _four(plain8, WIDTH), _four(plain12, WIDTH), _four(plain16, WIDTH)
             plain = sum8 + sum12 + sum16
             shifted = 32768.0 * sum8 + 2048.0 * sum12 + 128.0 * sum16

@@ -141,7 +141,7 @@ def int4_candidates(product: Product) -> list[Config]:
     """Rows (of an output's two, where gated), words a step (128 a warp), warps, tiles fetched ahead."""
     return [
         Config(rows // 2 if product.gated else rows, 128 * warps, warps, depth)
-        for rows in (8, 4)
+        for rows in (16, 8, 4)
         for warps in (1, 2, 4)
         for depth in (1, 2)
         if depth == 1 or 1024 * warps < product.k

@@ -77,39 +77,42 @@ def _columns(values, ROWS: tl.constexpr, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _load_words(words_ptr, rows, start, WORDS: tl.constexpr, WIDTH: tl.constexpr, EVEN_K: tl.constexpr):
-    """A run of ``WIDTH`` words of each of ``rows``; zeros past the end."""
-    lanes = tl.arange(0, WIDTH)
+def _load_words(
+    words_ptr, rows, beside, start,
+    WORDS: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """A run of ``SPAN`` words of each of ``rows``, and where HALVES is 2 of those ``beside`` them; zeros past the end."""
+    lanes = tl.arange(0, SPAN * HALVES)
+    within = start + lanes % SPAN
+    at = (lanes // SPAN) * (beside * WORDS) + within
     found = ()
     for r in tl.static_range(len(rows)):
-        at = words_ptr + rows[r].to(tl.int64) * WORDS + start + lanes
+        where = words_ptr + rows[r].to(tl.int64) * WORDS + at
         if EVEN_K:
-            found = found + (tl.load(at, eviction_policy="evict_first"),)
+            found = found + (tl.load(where, eviction_policy="evict_first"),)
         else:
-            found = found + (tl.load(at, mask=start + lanes < WORDS, other=0, eviction_policy="evict_first"),)
+            found = found + (tl.load(where, mask=within < WORDS, other=0, eviction_policy="evict_first"),)
     return found
 
 
 @triton.jit
 def _load_meta(
-    meta_ptr,
-    rows,
-    start,
-    WORDS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
+    meta_ptr, rows, beside, start,
+    WORDS: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
     """Scale and zero of each run of four words, for each group of their chunk and each of ``rows``."""
-    at = start + 4 * tl.arange(0, WIDTH // 4)
+    STRIDE: tl.constexpr = WORDS // 32 * GROUPS
+    lanes = tl.arange(0, SPAN * HALVES // 4)
+    within = start + 4 * (lanes % (SPAN // 4))
+    at = (lanes // (SPAN // 4)) * (beside * STRIDE) + (within // 32) * GROUPS
     found = ()
     for h in tl.static_range(GROUPS):
         for r in tl.static_range(len(rows)):
-            where = meta_ptr + rows[r] * (WORDS // 32 * GROUPS) + (at // 32) * GROUPS + h
+            where = meta_ptr + rows[r] * STRIDE + at + h
             if EVEN_K:
                 found = found + (tl.load(where),)
             else:
-                found = found + (tl.load(where, mask=at < WORDS, other=0),)
+                found = found + (tl.load(where, mask=within < WORDS, other=0),)
     return found
 
 
@@ -117,12 +120,13 @@ def _load_meta(
 def _step(
     words, metas, x_ptr, norm_ptr, start, sums, squares, at16, at12, at8,
     M: tl.constexpr, K: tl.constexpr, STRIDE_X: tl.constexpr, NORM: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, EVEN: tl.constexpr,
+    SPAN: tl.constexpr, HALVES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Add a tile's products to ``sums`` (token by token, each row's), and the inputs' squares to ``squares``."""
+    WIDTH: tl.constexpr = SPAN * HALVES
     PER: tl.constexpr = 8 // GROUPS
-    at = start + tl.arange(0, WIDTH)
-    column = (at // 32) * 256 + at % 32
+    lanes = tl.arange(0, WIDTH)
+    column = start * 8 + (lanes // 32) % (SPAN // 32) * 256 + lanes % 32
     for h in tl.static_range(GROUPS):
         numbers = ()
         for i in tl.static_range(PER):
@@ -156,7 +160,9 @@ def _step(
                     if i == 0:
                         products = products + (numbers[r] * x,)
                     else:
-                        products = products[:r] + (products[r] + numbers[i * ROWS + r] * x,) + products[r + 1 :]
+                        products = (
+                            products[:r] + (products[r] + numbers[i * ROWS + r] * x,) + products[r + 1 :]
+                        )
             sum8, sum12, sum16 = _four(plain8, WIDTH), _four(plain12, WIDTH), _four(plain16, WIDTH)
             plain = sum8 + sum12 + sum16
             shifted = 32768.0 * sum8 + 2048.0 * sum12 + 128.0 * sum16
@@ -196,34 +202,40 @@ def _vector_kernel(
     HAS_BIAS: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    HALVES: tl.constexpr,
     DEPTH: tl.constexpr,
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # Of a gated layer a tile holds gate and up rows in turns, BLOCK_N of each.
-    ROWS: tl.constexpr = BLOCK_N * 2 if GATED else BLOCK_N
-    STEPS: tl.constexpr = (WORDS + WIDTH - 1) // WIDTH
-    EVEN_K: tl.constexpr = WORDS % WIDTH == 0
+    # Of a gated layer a program has gate and up rows in turns, BLOCK_N of each. Where HALVES is 2 a run of words is half of a
+    # row's and half of the next's: for inputs that whole runs of one row would not fit well.
+    ROWS: tl.constexpr = (BLOCK_N * 2 if GATED else BLOCK_N) // HALVES
+    STEPS: tl.constexpr = (WORDS + SPAN - 1) // SPAN
+    EVEN_K: tl.constexpr = WORDS % SPAN == 0
+    LANES: tl.constexpr = SPAN * HALVES // 4
     EVEN: tl.constexpr = EVEN_K and K == WORDS * 8
     first = tl.program_id(0) * BLOCK_N
     rows = ()
     for r in tl.static_range(ROWS):
         # Past the last row it is read again, and nothing of it is kept.
-        if GATED:
+        if GATED and HALVES == 2:
+            rows = rows + (tl.minimum(first + r, n - 1),)
+        elif GATED:
             rows = rows + (tl.minimum(first + r // 2, n - 1) + (r % 2) * n,)
         else:
-            rows = rows + (tl.minimum(first + r, n - 1),)
+            rows = rows + (tl.minimum(first + r * HALVES, n - HALVES),)
+    beside = n if GATED else 1
 
     tiles = ()
     metas = ()
     for i in tl.static_range(DEPTH):
-        tiles = tiles + (_load_words(words_ptr, rows, i * WIDTH, WORDS, WIDTH, EVEN_K),)
-        metas = metas + (_load_meta(meta_ptr, rows, i * WIDTH, WORDS, WIDTH, GROUPS, EVEN_K),)
+        tiles = tiles + (_load_words(words_ptr, rows, beside, i * SPAN, WORDS, SPAN, HALVES, EVEN_K),)
+        metas = metas + (_load_meta(meta_ptr, rows, beside, i * SPAN, WORDS, SPAN, HALVES, GROUPS, EVEN_K),)
     own = first + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
-        tile = tl.arange(0, ROWS)
         if GATED:
+            tile = tl.arange(0, 2 * BLOCK_N)
             column = first + tile // 2
             bias = tl.load(bias_ptr + column + (tile % 2) * n, mask=column < n, other=0.0).to(tl.float32)
         else:
@@ -235,9 +247,9 @@ def _vector_kernel(
     sums = ()
     squares = ()
     for _ in tl.static_range(M):
-        squares = squares + (tl.zeros([WIDTH // 4], tl.float32),)
+        squares = squares + (tl.zeros([LANES], tl.float32),)
         for _ in tl.static_range(ROWS):
-            sums = sums + (tl.zeros([WIDTH // 4], tl.float32),)
+            sums = sums + (tl.zeros([LANES], tl.float32),)
     if UNROLL:
         for i in tl.static_range(STEPS):
             words = tiles[0]
@@ -245,32 +257,43 @@ def _vector_kernel(
             tiles = tiles[1:]
             metas = metas[1:]
             if i + DEPTH < STEPS:
-                tiles = tiles + (_load_words(words_ptr, rows, (i + DEPTH) * WIDTH, WORDS, WIDTH, EVEN_K),)
+                tiles = tiles + (
+                    _load_words(words_ptr, rows, beside, (i + DEPTH) * SPAN, WORDS, SPAN, HALVES, EVEN_K),
+                )
                 metas = metas + (
-                    _load_meta(meta_ptr, rows, (i + DEPTH) * WIDTH, WORDS, WIDTH, GROUPS, EVEN_K),
+                    _load_meta(
+                        meta_ptr, rows, beside, (i + DEPTH) * SPAN, WORDS, SPAN, HALVES, GROUPS, EVEN_K
+                    ),
                 )
             sums, squares = _step(
-                words, meta, x_ptr, norm_ptr, i * WIDTH, sums, squares, at16, at12, at8,
-                M, K, STRIDE_X, NORM, GROUPS, ROWS, WIDTH, EVEN,
+                words, meta, x_ptr, norm_ptr, i * SPAN, sums, squares, at16, at12, at8,
+                M, K, STRIDE_X, NORM, GROUPS, ROWS, SPAN, HALVES, EVEN,
             )  # fmt: skip
     else:
-        for start in range(0, WORDS, WIDTH):
+        for start in range(0, WORDS, SPAN):
             words = tiles[0]
             meta = metas[0]
             # Past the end nothing is fetched.
-            tiles = tiles[1:] + (_load_words(words_ptr, rows, start + DEPTH * WIDTH, WORDS, WIDTH, False),)
+            tiles = tiles[1:] + (
+                _load_words(words_ptr, rows, beside, start + DEPTH * SPAN, WORDS, SPAN, HALVES, False),
+            )
             metas = metas[1:] + (
-                _load_meta(meta_ptr, rows, start + DEPTH * WIDTH, WORDS, WIDTH, GROUPS, False),
+                _load_meta(meta_ptr, rows, beside, start + DEPTH * SPAN, WORDS, SPAN, HALVES, GROUPS, False),
             )
             sums, squares = _step(
                 words, meta, x_ptr, norm_ptr, start, sums, squares, at16, at12, at8,
-                M, K, STRIDE_X, NORM, GROUPS, ROWS, WIDTH, EVEN,
+                M, K, STRIDE_X, NORM, GROUPS, ROWS, SPAN, HALVES, EVEN,
             )  # fmt: skip
 
     for m in tl.static_range(M):
-        result = tl.sum(_columns(sums[m * ROWS : (m + 1) * ROWS], ROWS, WIDTH // 4), 0)
+        columns = _columns(sums[m * ROWS : (m + 1) * ROWS], ROWS, LANES)
+        if HALVES == 1:
+            result = tl.sum(columns, 0)
+        else:
+            halves = tl.sum(tl.reshape(columns, [HALVES, LANES // HALVES, ROWS]), 1)
+            result = tl.reshape(tl.trans(halves), [ROWS * HALVES])
         if NORM:
-            result = result * tl.rsqrt(tl.sum(squares[m], 0) / K + eps)
+            result = result * tl.rsqrt(tl.sum(squares[m], 0) / (K * HALVES) + eps)
         if HAS_BIAS:
             result += bias
         if GATED:
@@ -405,12 +428,20 @@ def find_config(m: int, n: int, k: int, kind: str) -> Config:
     found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
     if found is not None:
         return Config(**found)
-    rows = 8 // m
-    tile = max(1, rows // 2) if kind == "gated" else rows
     warps = 1
-    while warps < 4 and triton.cdiv(n, tile) * warps < _ENOUGH_WARPS and 1024 * warps < k:
+    while warps < 4 and triton.cdiv(n * (2 if kind == "gated" else 1), 16 // m) * warps < _ENOUGH_WARPS:
         warps *= 2
-    return Config(tile, 128 * warps, warps, 1)
+    rows = max(2, 8 * _halves(n, k, 128 * warps, kind) // m)
+    return Config(rows // 2 if kind == "gated" else rows, 128 * warps, warps, 1)
+
+
+def _halves(n: int, k: int, width: int, kind: str) -> int:
+    """2 where runs of ``width`` words are better halves of two rows' (K 3,584 is three and a half runs of 128), else 1."""
+    words = triton.cdiv(k, CHUNK) * (CHUNK // 8)
+    if kind != "gated" and n % 2:
+        return 1
+    half = width // 2
+    return 2 if triton.cdiv(words, half) * half < 0.95 * triton.cdiv(words, width) * width else 1
 
 
 def int4_vector_triton(
@@ -430,8 +461,12 @@ def int4_vector_triton(
         x = x.contiguous()
     out = residual if residual is not None else torch.empty(m, n, dtype=x.dtype, device=x.device)
     config = config or find_config(m, n, k, "gated" if gated else "plain")
-    words, width = weight.words.shape[1], config.block_k
-    steps = triton.cdiv(words, width)
+    words, kind = weight.words.shape[1], "gated" if gated else "plain"
+    halves = _halves(n, k, config.block_k, kind)
+    if config.block_n * (2 if gated else 1) % (2 * halves):
+        halves = 1
+    span = config.block_k // halves
+    steps = triton.cdiv(words, span)
     pdl = overlaps_launches()
     args = (
         x, norm_weight if norm_weight is not None else x, weight.words, weight.meta, bias if bias is not None else x, out,
@@ -439,7 +474,7 @@ def int4_vector_triton(
     )  # fmt: skip
     constants = (
         m, k, words, CHUNK // weight.group, x.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None,
-        residual is not None, config.block_n, width, min(config.depth, steps), steps == 1, pdl,
+        residual is not None, config.block_n, span, halves, min(config.depth, steps), steps == 1, pdl,
     )  # fmt: skip
     _VECTOR.launch((triton.cdiv(n, config.block_n), 1, 1), args, constants, config.num_warps, pdl=pdl)
     return out

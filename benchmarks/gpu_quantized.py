@@ -28,7 +28,7 @@ from kubeinfer.kernels.fused_linear import add_linear, gated_linear, norm_linear
 from kubeinfer.kernels.int4 import Int4Weight
 from kubeinfer.kernels.linear import MAX_FEW_ROWS
 from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm_reference
-from kubeinfer.kernels.triton_int4 import int4_vector_triton
+from kubeinfer.kernels.triton_int4 import int4_vector_triton, row_halves
 from kubeinfer.kernels.triton_linear import Config, linear_triton
 
 _TURNS_BYTES = 256 << 20
@@ -144,7 +144,8 @@ def int4_candidates(product: Product) -> list[Config]:
         for rows in (16, 8, 4)
         for warps in (1, 2, 4)
         for depth in (1, 2)
-        if depth == 1 or 1024 * warps < product.k
+        if (depth == 1 or 1024 * warps < product.k)
+        and rows <= 8 * row_halves(product.n, product.k, 128 * warps, product.kind)
     ]
 
 

@@ -20,7 +20,7 @@ from kubeinfer.layers.linear import ColumnLinear, RowLinear
 from kubeinfer.layers.parallel import Group
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.layers.quantization.fp8 import FP8Weight
-from kubeinfer.layers.quantization.grouped_int import GroupedIntWeight
+from kubeinfer.layers.quantization.grouped_int import GroupedIntWeight, Int4Method
 from kubeinfer.quantization import FP8Config, GroupedIntConfig, QuantizationConfig
 
 PROMPTS = random_prompts(12, [1, 5, 17, 33, 60], VOCAB_SIZE)
@@ -177,6 +177,26 @@ def test_slices_that_cut_a_group_are_refused_by_name(config: QuantizationConfig,
             OptionError, match="tensor_parallel_size 2 cuts the 24 outputs of up_proj within a word of 8"
         ):
             ColumnLinear(store, ["up_proj"], [24], 192, False)
+
+
+@pytest.mark.parametrize("scheme", ["awq", "gptq"])
+def test_the_second_ranks_inputs_in_our_layout(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setattr(GroupedIntWeight, "_why_dense", lambda _: None)
+    _, pack = SCHEMES[scheme]
+    tensors, plain = pack("model.layers.0.mlp.down_proj.weight", torch.randn(40, 256))
+    offset = 1 if scheme == "gptq" else 0
+    store = ParameterStore(
+        torch.device("cpu"),
+        torch.float32,
+        cast(Group, Second()),
+        GroupedIntConfig(scheme, 4, GROUP, (), offset),
+    )
+    layer = RowLinear(store, "down_proj", 40, 256, False)
+    store.load((f"down_proj.{suffix}", tensor) for suffix, tensor in tensors.items())
+    layer.finish_loading()
+    assert isinstance(layer.method, Int4Method)
+    x = torch.randn(3, 128)
+    assert torch.allclose(layer.method.apply(x, None), x @ plain[:, 128:].T, atol=1e-4)
 
 
 def change(folder: Path, **settings: Any) -> Path:

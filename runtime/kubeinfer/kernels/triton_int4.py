@@ -26,6 +26,7 @@ from kubeinfer.kernels.triton_split import sum_parts
 
 # The most tokens of the kernel without tensor cores: with more its instructions, not the weights' bytes, take the time.
 MAX_VECTOR_ROWS = 1
+_MOST_RUNS = 8  # that `_columns` joins
 # Warps that keep the memory of a large GPU busy.
 _ENOUGH_WARPS = 1600
 _ENOUGH_PROGRAMS = 256
@@ -431,11 +432,11 @@ def find_config(m: int, n: int, k: int, kind: str) -> Config:
     warps = 1
     while warps < 4 and triton.cdiv(n * (2 if kind == "gated" else 1), 16 // m) * warps < _ENOUGH_WARPS:
         warps *= 2
-    rows = max(2, 8 * _halves(n, k, 128 * warps, kind) // m)
+    rows = max(2, 8 * row_halves(n, k, 128 * warps, kind) // m)
     return Config(rows // 2 if kind == "gated" else rows, 128 * warps, warps, 1)
 
 
-def _halves(n: int, k: int, width: int, kind: str) -> int:
+def row_halves(n: int, k: int, width: int, kind: str) -> int:
     """2 where runs of ``width`` words are better halves of two rows' (K 3,584 is three and a half runs of 128), else 1."""
     words = triton.cdiv(k, CHUNK) * (CHUNK // 8)
     if kind != "gated" and n % 2:
@@ -462,9 +463,11 @@ def int4_vector_triton(
     out = residual if residual is not None else torch.empty(m, n, dtype=x.dtype, device=x.device)
     config = config or find_config(m, n, k, "gated" if gated else "plain")
     words, kind = weight.words.shape[1], "gated" if gated else "plain"
-    halves = _halves(n, k, config.block_k, kind)
+    halves = row_halves(n, k, config.block_k, kind)
     if config.block_n * (2 if gated else 1) % (2 * halves):
         halves = 1
+    if config.block_n * (2 if gated else 1) // halves > _MOST_RUNS:
+        raise ValueError(f"{config}: more than {_MOST_RUNS} runs of words a program")
     span = config.block_k // halves
     steps = triton.cdiv(words, span)
     pdl = overlaps_launches()

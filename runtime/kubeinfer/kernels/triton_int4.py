@@ -429,8 +429,10 @@ def find_config(m: int, n: int, k: int, kind: str) -> Config:
     found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
     if found is not None:
         return Config(**found)
+    words = triton.cdiv(k, CHUNK) * (CHUNK // 8)
+    programs = triton.cdiv(n * (2 if kind == "gated" else 1), 16 // m)
     warps = 1
-    while warps < 4 and triton.cdiv(n * (2 if kind == "gated" else 1), 16 // m) * warps < _ENOUGH_WARPS:
+    while warps < 4 and programs * warps < _ENOUGH_WARPS and 128 * warps <= words:
         warps *= 2
     rows = max(2, 8 * row_halves(n, k, 128 * warps, kind) // m)
     return Config(rows // 2 if kind == "gated" else rows, 128 * warps, warps, 1)

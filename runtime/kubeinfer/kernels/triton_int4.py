@@ -438,6 +438,7 @@ def find_config(m: int, n: int, k: int, kind: str) -> Config:
     return Config(rows // 2 if kind == "gated" else rows, 128 * warps, warps, 1)
 
 
+@functools.cache
 def row_halves(n: int, k: int, width: int, kind: str) -> int:
     """2 where runs of ``width`` words are better halves of two rows' (K 3,584 is three and a half runs of 128), else 1."""
     words = triton.cdiv(k, CHUNK) * (CHUNK // 8)

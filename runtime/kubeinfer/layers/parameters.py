@@ -156,7 +156,8 @@ class ParameterStore:
                 tensor.fill_(1.0)
             elif tensor.dtype == torch.float8_e4m3fn:
                 wide = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
-                tensor.copy_(wide.normal_(0.0, FP8_DUMMY_SPREAD, generator=generator))
+                wide.normal_(0.0, FP8_DUMMY_SPREAD, generator=generator)
+                tensor.copy_(wide.clamp_(-6 * FP8_DUMMY_SPREAD, 6 * FP8_DUMMY_SPREAD))  # beyond 448 is NaN
             else:
                 tensor.normal_(0.0, 0.02, generator=generator)
 

@@ -83,6 +83,10 @@ class SelfAttention:
         """``hidden [T, H]`` -> ``[T, H]``; this step's keys and values are written to the cache."""
         return self.out(self._attend(self.qkv(hidden), step))
 
+    def partial(self, hidden: Tensor, step: StepContext) -> Tensor:
+        """This rank's part of the result."""
+        return self.out.partial(self._attend(self.qkv(hidden), step))
+
     def add_to(self, residual: Tensor, norm: RMSNorm, step: StepContext) -> Tensor:
         """``residual += self(norm(residual))`` in place; a group of one rank only."""
         return self.out.add_to(residual, self._attend(self.qkv.after_norm(residual, norm), step))

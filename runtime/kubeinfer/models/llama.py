@@ -20,7 +20,7 @@ class DecoderLayer:
     def __init__(self, store: ParameterStore, config: ModelConfig, layer: int, attention: SelfAttention):
         prefix = f"model.layers.{layer}"
         bias = bool(config.hf_config.get("mlp_bias", False))
-        self.alone = store.group.size == 1
+        self.group = store.group
         self.attention = attention
         self.mlp = GatedMLP(store, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias)
         self.input_norm = RMSNorm(store, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps)
@@ -31,13 +31,17 @@ class DecoderLayer:
     def __call__(
         self, hidden: Tensor, residual: Tensor | None, step: StepContext
     ) -> tuple[Tensor, Tensor | None]:
-        if residual is None and self.alone and few_rows(hidden):
+        """``residual`` None: ``hidden`` is the whole residual stream; else it lacks the sum of the ranks' ``hidden``."""
+        if residual is None and self.group.size == 1 and few_rows(hidden):
             # Norms and additions ride along with the matrix products, and ``hidden`` is the whole residual stream.
             self.attention.add_to(hidden, self.input_norm, step)
             return self.mlp.add_to(hidden, self.mlp_norm), None
-        hidden, residual = self.input_norm(hidden, residual)
-        hidden, residual = self.mlp_norm(self.attention(hidden, step), residual)
-        return self.mlp(hidden), residual
+        if residual is None:
+            hidden, residual = self.input_norm(hidden, None)
+        else:
+            hidden, residual = self.input_norm.of_sum(self.group, hidden, residual)
+        hidden, residual = self.mlp_norm.of_sum(self.group, self.attention.partial(hidden, step), residual)
+        return self.mlp.partial(hidden), residual
 
 
 class LlamaForCausalLM:
@@ -48,6 +52,7 @@ class LlamaForCausalLM:
 
     def __init__(self, config: ModelConfig, store: ParameterStore):
         self.config = config
+        self.group = store.group
         self.embedding = VocabEmbedding(store, "model.embed_tokens", config.vocab_size, config.hidden_size)
         trained = int(config.hf_config.get("max_position_embeddings") or config.max_model_len)
         cos_sin = rope_table(config.rope, config.head_dim, config.max_model_len, trained).to(store.device)
@@ -84,7 +89,9 @@ class LlamaForCausalLM:
         hidden, residual = self.embedding.embed(input_ids), None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, step)
-        return self.norm(hidden, residual)[0]
+        if residual is None:
+            return self.norm(hidden, None)[0]
+        return self.norm.of_sum(self.group, hidden, residual)[0]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """``hidden [N, H]`` -> ``[N, vocab_size]``; into ``out`` where given."""

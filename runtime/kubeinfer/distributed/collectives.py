@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kubeinfer.distributed.peer_memory import PeerMemory, usable_programs
+from kubeinfer.distributed.peer_memory import PeerMemory, allocate, usable_programs
 from kubeinfer.kernels.norm import fused_add_rms_norm
 
 logger = logging.getLogger(__name__)
@@ -50,13 +50,12 @@ class TorchGroup:
         if not self._wants_peer:
             return
         self._wants_peer = False
-        programs = self.smallest(usable_programs(self.device))  # all ranks launch equal grids
+        programs = self.smallest(usable_programs(self.device, self.size))  # all ranks launch equal grids
+        slot_bytes = rows * width * dtype.itemsize
+        peer: PeerMemory | None = None
         try:
-            peer = PeerMemory(
-                self._name, self.rank, self.size, self.device, rows * width * dtype.itemsize, programs
-            )
+            peer = allocate(self._name, self.rank, self.size, self.device, slot_bytes, programs)
         except (RuntimeError, ImportError, AttributeError) as exc:
-            peer = None
             logger.warning(
                 "all-reduce over peer memory is off, NCCL does it all: %s", str(exc).splitlines()[0]
             )

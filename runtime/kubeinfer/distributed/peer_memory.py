@@ -43,46 +43,21 @@ _ONCE = 2
 class PeerMemory:
     """Sums and gathers of one group. Every rank makes the same calls in the same order, on one stream.
 
-    Raises RuntimeError, ImportError or AttributeError where torch or the GPUs cannot share memory.
+    Args:
+        memory: this rank's part, uint8: the counters (zero at first), three slots and the result.
+        peers: where the other ranks' parts are.
+        slot_bytes: of each slot and of the result; a multiple of ``ALIGNMENT``.
+        handle: what must live as long as the mapping of the peers' parts.
     """
 
-    def __init__(
-        self,
-        group_name: str,
-        rank: int,
-        size: int,
-        device: torch.device,
-        slot_bytes: int,
-        programs: int,
-    ):
-        import torch.distributed._symmetric_memory as symmetric
-
-        if size > MOST_RANKS:
-            raise RuntimeError(f"peer memory serves up to {MOST_RANKS} ranks, not {size}")
-        self.size = size
-        self.one_shot_bytes = ONE_SHOT_BYTES.get(size, 256 * 1024)
-        most = min(_MOST_SLOT_BYTES, torch.cuda.get_device_properties(device).total_memory // 256)
-        slot_bytes = min(max(slot_bytes, _LEAST_SLOT_BYTES), most)
-        self.slot_bytes = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
-        self._result = COUNTER_BYTES + 3 * self.slot_bytes
-        self._memory: Tensor = symmetric.empty(
-            self._result + self.slot_bytes, dtype=torch.uint8, device=device
-        )
-        self._memory[:COUNTER_BYTES].zero_()
-        torch.cuda.synchronize(device)
-        self._handle: Any = symmetric.rendezvous(self._memory, group=group_name)
-        addresses = list(self._handle.buffer_ptrs)
-        inside = self._memory.data_ptr() - addresses[rank]
-        self.peers = Peers(
-            rank=rank,
-            size=size,
-            addresses=torch.tensor([a + inside for a in addresses], dtype=torch.int64, device=device),
-            meetings=torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device),
-            programs=min(programs, MOST_PROGRAMS),
-            limit=_LOOKS,
-        )
+    def __init__(self, memory: Tensor, peers: Peers, slot_bytes: int, handle: object = None):
+        self.peers = peers
+        self.slot_bytes = slot_bytes
+        self.one_shot_bytes = ONE_SHOT_BYTES.get(peers.size, min(ONE_SHOT_BYTES.values()))
+        self._memory = memory
+        self._result = COUNTER_BYTES + 3 * slot_bytes
+        self._handle = handle
         self._turn = 0
-        torch.cuda.synchronize(device)
 
     def fits(self, rows: int, width: int, dtype: torch.dtype) -> bool:
         """Whether a slot holds ``[rows, width]``, and the kernels take it."""
@@ -148,6 +123,43 @@ class PeerMemory:
         return x.is_contiguous() and x.data_ptr() == self._memory.data_ptr() + self._offset(slot)
 
 
-def usable_programs(device: torch.device) -> int:
-    """How many programs of a meeting this GPU is sure to hold at once: two a multiprocessor."""
-    return min(MOST_PROGRAMS, 2 * int(torch.cuda.get_device_properties(device).multi_processor_count))
+def allocate(
+    group_name: str, rank: int, size: int, device: torch.device, slot_bytes: int, programs: int
+) -> PeerMemory:
+    """Peer memory for tensors of up to ``slot_bytes``, within reason; all ranks of the group call it together.
+
+    Raises RuntimeError, ImportError or AttributeError where torch or the GPUs cannot share memory.
+    """
+    import torch.distributed._symmetric_memory as symmetric
+
+    if size > MOST_RANKS:
+        raise RuntimeError(f"peer memory serves up to {MOST_RANKS} ranks, not {size}")
+    most = min(_MOST_SLOT_BYTES, torch.cuda.get_device_properties(device).total_memory // 256)
+    slot_bytes = -(-min(max(slot_bytes, _LEAST_SLOT_BYTES), most) // ALIGNMENT) * ALIGNMENT
+    total = COUNTER_BYTES + 4 * slot_bytes
+    memory: Tensor = symmetric.empty(total, dtype=torch.uint8, device=device)
+    memory[:COUNTER_BYTES].zero_()
+    # No rank leaves the rendezvous before all have come: by then every rank's counters are zero.
+    torch.cuda.synchronize(device)
+    handle: Any = symmetric.rendezvous(memory, group=group_name)
+    addresses = list(handle.buffer_ptrs)
+    inside = memory.data_ptr() - addresses[rank]
+    peers = Peers(
+        rank=rank,
+        size=size,
+        addresses=torch.tensor([a + inside for a in addresses], dtype=torch.int64, device=device),
+        meetings=torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device),
+        programs=min(programs, MOST_PROGRAMS),
+        limit=_LOOKS,
+    )
+    torch.cuda.synchronize(device)
+    return PeerMemory(memory, peers, slot_bytes, handle)
+
+
+def usable_programs(device: torch.device, size: int) -> int:
+    """How many programs of a meeting of ``size`` ranks this GPU is sure to hold at once.
+
+    They have 256 threads, which take up to 128 registers with four ranks and up to 255 with eight.
+    """
+    count = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(MOST_PROGRAMS, 2 * count if size <= 4 else count)

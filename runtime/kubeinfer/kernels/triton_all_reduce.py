@@ -116,6 +116,7 @@ def _sum_rows_kernel(
     slot, result = slot * 256, result * 256
     columns = tl.arange(0, H_PAD)
     mask = columns < H
+    stride = tl.full([], H, tl.int64)
     if NORM:
         weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     peers = ()
@@ -136,7 +137,7 @@ def _sum_rows_kernel(
         first = RANK * share
         last = tl.minimum(first + share, num_rows)
     for row in range(first + program, last, programs):
-        at = row.to(tl.int64) * H + columns
+        at = row * stride + columns
         total = tl.zeros([H_PAD], tl.float32)
         if ADD:
             residual = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -189,7 +190,7 @@ def _gather_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     slot *= 256
     BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-    tl.load(peers_ptr + RANK)
+    stride, stride_out = tl.full([], WIDTH, tl.int64), tl.full([], STRIDE_OUT, tl.int64)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -200,12 +201,12 @@ def _gather_kernel(
     for tile in range(program, num_rows * SIZE * BLOCKS, programs):
         # Ranks begin with different peers.
         p = (tile // BLOCKS + RANK) % SIZE
-        row = (tile // (BLOCKS * SIZE)).to(tl.int64)
+        row = tile // (BLOCKS * SIZE)
         columns = (tile % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         mask = (columns < WIDTH) & (p * WIDTH + columns < TOTAL)
         peer = tl.multiple_of(tl.load(peers_ptr + p).to(tl.pointer_type(element)), 16)
-        values = tl.load(peer + slot + row * WIDTH + columns, mask=mask)
-        tl.store(out_ptr + row * STRIDE_OUT + p * WIDTH + columns, values, mask=mask)
+        values = tl.load(peer + slot + row * stride + columns, mask=mask)
+        tl.store(out_ptr + row * stride_out + p * WIDTH + columns, values, mask=mask)
     if MEET:
         tl.debug_barrier()
         met += 1

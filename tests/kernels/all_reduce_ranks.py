@@ -48,7 +48,7 @@ def random_sums(group: TorchGroup, peer: PeerMemory, device: torch.device) -> No
         norm = whole * torch.rsqrt(whole.pow(2).mean(1, keepdim=True) + EPS) * weight.double()
 
         def part(gather: bool = False) -> torch.Tensor:
-            own = parts[rank].to(device)  # noqa: B023 - called in the same turn
+            own = parts[rank].to(device, copy=True)  # noqa: B023 - called in the same turn
             place = (group.gather_buffer if gather else group.buffer)(*own.shape, own.dtype)
             return place.copy_(own) if lend and place is not None else own  # noqa: B023
 

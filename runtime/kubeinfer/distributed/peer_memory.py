@@ -34,8 +34,8 @@ from kubeinfer.kernels.all_reduce import (
 ONE_SHOT_BYTES = {2: 1 << 40, 4: 512 * 1024, 8: 256 * 1024}
 _MOST_SLOT_BYTES = 256 * 2**20
 _LEAST_SLOT_BYTES = 8 * 2**20
-# A look takes about half a microsecond: some ten minutes, as long as the other collectives wait.
-_LOOKS = 1 << 30
+# Of a rank for its peers' word before it gives up; a look takes about half a microsecond, so two minutes.
+_LOOKS = 1 << 28
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ONCE = 2
 
@@ -73,6 +73,10 @@ class PeerMemory:
             return None
         return self._view(self._offset(_ONCE if once else self._turn), rows, width, dtype)
 
+    def holds(self, x: Tensor) -> bool:
+        """Whether ``x`` lies where `lend` said, for `sum`."""
+        return self._is_at(x, self._turn)
+
     def sum(
         self,
         x: Tensor,
@@ -90,7 +94,7 @@ class PeerMemory:
         num_bytes = x.numel() * x.element_size()
         if two_shot is None:
             two_shot = residual is not None and num_bytes > self.one_shot_bytes
-        lent = self._is_at(x, self._turn)
+        lent = self.holds(x)
         slot = self._offset(self._turn if lent else _ONCE)
         if not lent:
             self._view(slot, rows, width, x.dtype).copy_(x)

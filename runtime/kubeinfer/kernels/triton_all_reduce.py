@@ -34,37 +34,57 @@ _BLOCK = 2048  # columns that a program of the gather copies at a time
 
 
 @triton.jit
-def _meet(peers_ptr, program, expected, limit, RANK: tl.constexpr, SIZE: tl.constexpr, RANKS: tl.constexpr):
+def _peer_of_thread(peers_ptr, SIZE: tl.constexpr):
+    """In thread ``t`` the address of rank ``t``'s counters: not one value, as Triton's scalars else are. For `_meet`."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred meets;
+            .reg .u32 thread;
+            .reg .u64 at;
+            mov.u32 thread, %tid.x;
+            setp.lt.u32 meets, thread, $2;
+            mad.wide.u32 at, thread, 8, $1;
+            mov.u64 $0, 0;
+            @meets ld.global.u64 $0, [at];
+        }
+        """,
+        "=&l,l,r",
+        [peers_ptr.to(tl.uint64), SIZE],
+        dtype=tl.uint64,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _meet(theirs, mine, program, met, limit, RANK: tl.constexpr, SIZE: tl.constexpr, RANKS: tl.constexpr):
     """Thread ``t`` tells rank ``t`` that this program is here and waits for its word; a trap after ``limit`` looks.
 
-    ``expected``: what the counters must have reached. The caller puts a barrier of the program's threads before it (their
-    writes are then published with the thread's own) and after it.
+    ``theirs``: `_peer_of_thread`; ``mine``: the address of this rank's counters; ``met``: how often the program has met
+    its peers before, which the counters must exceed. The caller puts a barrier of the program's threads before it, where
+    they have written (their writes are then published with the thread's own), and after it.
     """
     return tl.inline_asm_elementwise(
         """
         {
             .reg .pred meets, over;
             .reg .u32 thread, slot, seen, left;
-            .reg .u64 at, base;
+            .reg .u64 at;
             mov.u32 thread, %tid.x;
             setp.lt.u32 meets, thread, $5;
             setp.ne.and.u32 meets, thread, $6, meets;
             @!meets bra MET;
-            mad.wide.u32 at, thread, 8, $1;
-            ld.global.u64 base, [at];
             mad.lo.u32 slot, $2, $7, $6;
-            mad.wide.u32 at, slot, 4, base;
+            mad.wide.u32 at, slot, 4, $1;
             red.release.sys.global.add.u32 [at], 1;
-            mov.u32 slot, $6;
-            mad.wide.u32 at, slot, 8, $1;
-            ld.global.u64 base, [at];
             mad.lo.u32 slot, $2, $7, thread;
-            mad.wide.u32 at, slot, 4, base;
+            mad.wide.u32 at, slot, 4, $8;
             mov.u32 left, $4;
         LOOK:
             ld.acquire.sys.global.u32 seen, [at];
             sub.s32 seen, seen, $3;
-            setp.ge.s32 over, seen, 0;
+            setp.gt.s32 over, seen, 0;
             @over bra MET;
             sub.u32 left, left, 1;
             setp.ne.u32 over, left, 0;
@@ -74,8 +94,8 @@ def _meet(peers_ptr, program, expected, limit, RANK: tl.constexpr, SIZE: tl.cons
             mov.u32 $0, 0;
         }
         """,
-        "=r,l,r,r,r,r,r,r",
-        [peers_ptr.to(tl.uint64), program, expected, limit, SIZE, RANK, RANKS],
+        "=r,l,r,r,r,r,r,r,l",
+        [theirs, program, met, limit, SIZE, RANK, RANKS, mine],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -108,8 +128,8 @@ def _sum_rows_kernel(
 ):
     """Rows are summed in the order of the ranks, in fp32: all ranks get the same bits.
 
-    ``slot``, ``result``: where they begin in peer memory, in units of 256 elements. `SCATTER`: this rank sums its own share of the rows and
-    writes the results to every rank's ``result``; else it sums all rows into ``out``.
+    ``slot``, ``result``: where they begin in peer memory, in units of 256 elements. `SCATTER`: this rank sums its own
+    share of the rows and writes the results to every rank's ``result``; else it sums all rows into ``out``.
     """
     element = out_ptr.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -121,14 +141,15 @@ def _sum_rows_kernel(
         weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     peers = ()
     for p in tl.static_range(SIZE):
-        # Loaded before the wait, so that `_meet` finds the addresses in the cache.
         peers = peers + (tl.multiple_of(tl.load(peers_ptr + p).to(tl.pointer_type(element)), 16),)
+    if MEET:
+        theirs, mine = _peer_of_thread(peers_ptr, SIZE), tl.load(peers_ptr + RANK)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if MEET:
-        met = tl.load(meetings_ptr + program) + 1
-        _meet(peers_ptr, program, met, limit, RANK, SIZE, RANKS)
+        met = tl.load(meetings_ptr + program)
+        _meet(theirs, mine, program, met, limit, RANK, SIZE, RANKS)
         tl.debug_barrier()
 
     first, last = 0, num_rows
@@ -162,9 +183,9 @@ def _sum_rows_kernel(
         if CLOSE:
             tl.debug_barrier()
             met += 1
-            _meet(peers_ptr, program, met, limit, RANK, SIZE, RANKS)
+            _meet(theirs, mine, program, met, limit, RANK, SIZE, RANKS)
         tl.debug_barrier()
-        tl.store(meetings_ptr + program, met)
+        tl.store(meetings_ptr + program, met + 1)
 
 
 @triton.jit(do_not_specialize=["num_rows", "slot", "limit"])
@@ -191,12 +212,14 @@ def _gather_kernel(
     slot *= 256
     BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     stride, stride_out = tl.full([], WIDTH, tl.int64), tl.full([], STRIDE_OUT, tl.int64)
+    if MEET:
+        theirs, mine = _peer_of_thread(peers_ptr, SIZE), tl.load(peers_ptr + RANK)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if MEET:
-        met = tl.load(meetings_ptr + program) + 1
-        _meet(peers_ptr, program, met, limit, RANK, SIZE, RANKS)
+        met = tl.load(meetings_ptr + program)
+        _meet(theirs, mine, program, met, limit, RANK, SIZE, RANKS)
         tl.debug_barrier()
     for tile in range(program, num_rows * SIZE * BLOCKS, programs):
         # Ranks begin with different peers.
@@ -209,10 +232,9 @@ def _gather_kernel(
         tl.store(out_ptr + row * stride_out + p * WIDTH + columns, values, mask=mask)
     if MEET:
         tl.debug_barrier()
-        met += 1
-        _meet(peers_ptr, program, met, limit, RANK, SIZE, RANKS)
+        _meet(theirs, mine, program, met + 1, limit, RANK, SIZE, RANKS)
         tl.debug_barrier()
-        tl.store(meetings_ptr + program, met)
+        tl.store(meetings_ptr + program, met + 2)
 
 
 _SUM_ROWS = Kernel(_sum_rows_kernel)

@@ -1,7 +1,9 @@
-"""Which part of peer memory a call uses: no device is needed to decide that."""
+"""Which part of peer memory a call uses, and a simulation that shows it safe: no device is needed for either."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,3 +111,99 @@ def test_what_does_not_fit_is_not_taken() -> None:
     assert not peer.fits(1, 6, torch.bfloat16)  # rows that are not aligned to 16 bytes
     assert not peer.fits(1, H, torch.float64)
     assert not peer.fits(0, H, torch.float32)
+
+
+class RaceError(Exception):
+    """A rank read a part that was not the call's."""
+
+
+class Group:
+    """Ranks that run the kernels' protocol step by step, in whatever order the random numbers say.
+
+    A call is (slot, programs, closing meeting): each rank writes its part, one row a program, then runs the programs.
+    """
+
+    def __init__(self, size: int, calls: list[tuple[int, int, bool]], rng: random.Random):
+        self.size, self.calls, self.rng = size, calls, rng
+        self.parts = [
+            [[-1] * 3 for _ in range(3)] for _ in range(size)
+        ]  # rank, slot, row -> the call that wrote it
+        self.counters = [[[0] * size for _ in range(3)] for _ in range(size)]  # rank, program, source
+        self.met = [[0] * 3 for _ in range(size)]
+
+    def run(self) -> None:
+        ranks = {rank: self.stream(rank) for rank in range(self.size)}
+        favourite, turns = 0, 0
+        while ranks:
+            if turns == 0:  # one rank runs ahead for a while
+                favourite, turns = self.rng.randrange(self.size), self.rng.randrange(1, 60)
+            turns -= 1
+            rank = (
+                favourite if favourite in ranks and self.rng.random() < 0.9 else self.rng.choice(list(ranks))
+            )
+            if next(ranks[rank], "done") == "done":
+                del ranks[rank]
+
+    def stream(self, rank: int) -> Iterator[None]:
+        for call, (slot, programs, closes) in enumerate(self.calls):
+            for row in range(programs):
+                self.parts[rank][slot][row] = call
+                yield
+            running = [self.program(rank, program, call, slot, closes) for program in range(programs)]
+            while running:  # the next kernel starts when the last program of this one is done
+                program = self.rng.choice(running)
+                if next(program, "done") == "done":
+                    running.remove(program)
+                yield
+
+    def meet(self, rank: int, program: int) -> Iterator[None]:
+        met = self.met[rank][program]
+        peers = [peer for peer in range(self.size) if peer != rank]
+        for peer in peers:
+            self.counters[peer][program][rank] += 1
+            yield
+        for peer in peers:
+            while self.counters[rank][program][peer] <= met:
+                yield
+        self.met[rank][program] = met + 1
+
+    def program(self, rank: int, program: int, call: int, slot: int, closes: bool) -> Iterator[None]:
+        yield from self.meet(rank, program)
+        for peer in range(self.size):
+            if self.parts[peer][slot][program] != call:
+                raise RaceError
+            yield
+        if closes:
+            yield from self.meet(rank, program)
+
+
+def a_step(peer: PeerMemory, launches: Launches, rng: random.Random) -> list[tuple[int, int, bool]]:
+    """The calls of a step as `PeerMemory` decides them: something once, a few layers, something once."""
+    launches.slots.clear()
+    launches.closed.clear()
+    peer.sum(torch.zeros(2, H))
+    for _ in range(rng.randrange(4)):
+        peer.sum(lend(peer), torch.zeros(2, H))
+    peer.gather(torch.zeros(2, H), torch.zeros(2, 2 * H))
+    programs = rng.randrange(1, 4)
+    return [(slot, programs, closed) for slot, closed in zip(launches.slots, launches.closed)]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_no_rank_reads_another_calls_part_however_ranks_are_delayed(launches: Launches, size: int) -> None:
+    rng, peer = random.Random(size), make(size)
+    for _ in range(60):
+        captured = a_step(peer, launches, rng)  # replayed as it was captured, between other steps
+        calls = [call for _ in range(3) for call in (*captured, *captured, *a_step(peer, launches, rng))]
+        layers = [
+            (turn % 2, rng.randrange(1, 4), False) for turn in range(4)
+        ]  # a stage without embedding and head
+        Group(size, calls, rng).run()
+        Group(size, layers * 4, rng).run()
+
+
+def test_the_simulation_finds_the_race_of_a_slot_used_twice_in_a_row() -> None:
+    rng = random.Random(0)
+    group = Group(2, [(0, 2, False)] * 1000, rng)
+    with pytest.raises(RaceError):
+        group.run()

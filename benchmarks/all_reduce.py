@@ -84,6 +84,11 @@ class Sums:
         self.residual, self.weight = torch.zeros_like(self.x), torch.ones_like(self.x[0])
         self.theirs = theirs[: rows * width].view(rows, width) if theirs.numel() >= rows * width else None
 
+    def packets(self) -> None:
+        self.peer.packet_bytes = 1 << 30
+        self.peer.sum(self.x, self.residual, self.weight, 1e-6)
+        self.peer.packet_bytes = 0
+
     def ours(self, two_shot: bool) -> None:
         place = self.peer.lend(*self.x.shape, BF16)
         if place is None:
@@ -125,12 +130,13 @@ def sums(group: TorchGroup, peer: PeerMemory, width: int) -> None:
     )
     for rows in ROWS:
         case = Sums(group, peer, rows, width, theirs)
-        ways: list[Callable[[], object] | None] = [partial(case.ours, False), partial(case.ours, True)]
+        ways: list[Callable[[], object] | None] = [case.packets if rows <= peer.inboxes.rows else None]
+        ways += [partial(case.ours, False), partial(case.ours, True)]
         ways.append(case.torch_one_shot if case.x.nbytes <= 2**20 else None)
         ways.append(case.torch_two_shot if case.theirs is not None else None)
         ways.append(case.nccl)
         figures = [f"{microseconds(way, group.device):9.1f}" if way else f"{'-':>9}" for way in ways]
-        say(group, f"{rows:8} {case.x.nbytes // 1024:8} {' '.join(figures)}")
+        say(group, f"{rows:9} {case.x.nbytes // 1024:9} {' '.join(figures)}")
 
 
 def gathers(group: TorchGroup, peer: PeerMemory, vocab: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kubeinfer.distributed import peer_memory
 from kubeinfer.distributed.peer_memory import PeerMemory
-from kubeinfer.kernels.all_reduce import ALIGNMENT, COUNTER_BYTES, MOST_PROGRAMS, Peers
+from kubeinfer.kernels.all_reduce import ALIGNMENT, COUNTER_BYTES, MOST_PROGRAMS, Inboxes, Peers
 
 SLOT = 16 * ALIGNMENT
 H = 64
@@ -26,6 +26,10 @@ class Launches:
     slots: list[int] = field(default_factory=list)
     closed: list[bool] = field(default_factory=list)
     results: list[int] = field(default_factory=list)
+    packets: list[int] = field(default_factory=list)
+
+    def sum_packets(self, peers: Peers, inboxes: Inboxes, x: Tensor, out: Tensor, **_: Any) -> None:
+        self.packets.append(x.shape[0])
 
     def sum_rows(
         self,
@@ -53,6 +57,7 @@ class Launches:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     found = Launches()
     monkeypatch.setattr(peer_memory, "sum_rows", found.sum_rows)
+    monkeypatch.setattr(peer_memory, "sum_packets", found.sum_packets)
     monkeypatch.setattr(peer_memory, "gather_columns", found.gather_columns)
     return found
 
@@ -61,7 +66,10 @@ def make(size: int) -> PeerMemory:
     memory = torch.zeros(COUNTER_BYTES + 4 * SLOT, dtype=torch.uint8)
     addresses = torch.full((size,), memory.data_ptr())
     peers = Peers(0, size, addresses, torch.zeros(MOST_PROGRAMS, dtype=torch.int32), 8, 1)
-    return PeerMemory(memory, peers, SLOT)
+    inboxes = Inboxes(COUNTER_BYTES + 4 * SLOT, 4, H, torch.zeros(4, dtype=torch.int32))
+    peer = PeerMemory(memory, peers, SLOT, inboxes)
+    peer.packet_bytes = 0
+    return peer
 
 
 def lend(peer: PeerMemory, rows: int = 2, once: bool = False) -> Tensor:
@@ -100,6 +108,21 @@ def test_two_shot_from_a_size_on_and_only_with_a_residual(launches: Launches) ->
         assert (got.data_ptr() == peer._memory.data_ptr() + peer._result) == (rows == 5)
     peer.sum(lend(peer, 8))
     assert [result >= 0 for result in launches.results] == [False, True, False]
+
+
+def test_a_few_rows_are_sent_as_packets_and_need_no_slot(launches: Launches) -> None:
+    peer, residual = make(2), torch.zeros(8, H)
+    peer.packet_bytes = 3 * H * 4
+    for rows, dtype in ((3, torch.float32), (4, torch.bfloat16)):
+        assert peer.lend(rows, H, dtype) is None
+        peer.sum(torch.zeros(rows, H, dtype=dtype), residual[:rows].to(dtype))
+    assert lend(peer, 4).data_ptr() == lend(peer, 4).data_ptr()  # more bytes
+    assert peer.lend(5, H, torch.bfloat16) is not None  # more rows than an inbox has
+    assert peer.lend(1, 2 * H, torch.float32) is not None  # longer rows
+    assert peer.lend(1, H, torch.float32, once=True) is not None  # a gather
+    peer.sum(torch.zeros(4, H))
+    assert launches.packets == [3, 4]
+    assert launches.slots == [2]
 
 
 def test_what_does_not_fit_is_not_taken() -> None:

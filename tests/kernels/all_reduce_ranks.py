@@ -53,21 +53,31 @@ def random_sums(group: TorchGroup, peer: PeerMemory, device: torch.device) -> No
             return place.copy_(own) if lend and place is not None else own  # noqa: B023
 
         check(group.all_reduce(part()), total, f"all_reduce {what}")
-        for one_shot_bytes in (1 << 40, 0):
-            peer.one_shot_bytes = one_shot_bytes
+        for one_shot_bytes, packet_bytes in ((1 << 40, 0), (0, 0), (1 << 40, 1 << 17)):
+            peer.one_shot_bytes, peer.packet_bytes = one_shot_bytes, packet_bytes
             kept = residual.to(device, copy=True)
             got, same = group.all_reduce_norm(part(), kept, weight.to(device), EPS)
             assert same is kept
-            check(got, norm, f"all_reduce_norm {what}, one-shot up to {one_shot_bytes}")
+            check(
+                got, norm, f"all_reduce_norm {what}, one-shot up to {one_shot_bytes}, packets {packet_bytes}"
+            )
             everyone = [torch.empty_like(got) for _ in range(size)]
             dist.all_gather(everyone, got.clone())
             assert all(torch.equal(got, other) for other in everyone), f"ranks differ: {what}"
             share = -(-rows // size)
             mine = slice(0, rows) if one_shot_bytes else slice(rank * share, min((rank + 1) * share, rows))
             if mine.start < mine.stop:
-                check(kept[mine], whole[mine], f"residual {what}, one-shot up to {one_shot_bytes}")
+                check(
+                    kept[mine],
+                    whole[mine],
+                    f"residual {what}, one-shot up to {one_shot_bytes}, packets {packet_bytes}",
+                )
             added = group.all_reduce_add(part(), residual.to(device, copy=True))
-            check(added, whole, f"all_reduce_add {what}, one-shot up to {one_shot_bytes}")
+            check(
+                added,
+                whole,
+                f"all_reduce_add {what}, one-shot up to {one_shot_bytes}, packets {packet_bytes}",
+            )
         peer.one_shot_bytes = peer_memory.ONE_SHOT_BYTES[size]
         for total_width in (size * width, size * width - 5):
             got = group.all_gather(part(gather=True), total_width)
@@ -92,6 +102,7 @@ class Calls:
 
     def run(self, rows: int, kind: str) -> None:
         group, base = self.group, self.base[rows]
+        self.peer.packet_bytes = 1 << 17 if kind == "packets" else 0
         self.step += 1
         extra = (self.step % 11).to(self.dtype)
         want = (base + extra) * group.size + group.size * (group.size - 1) // 2
@@ -105,7 +116,9 @@ class Calls:
             self.bad += (got != (base + extra).repeat(1, group.size) + ranks).sum()
             return
         place = group.buffer(rows, WIDTH, self.dtype)
-        assert place is not None
+        if place is None:
+            assert kind == "packets"
+            place = torch.empty_like(base)
         torch.add(base, extra + group.rank, out=place)
         if kind == "sum":
             self.bad += (group.all_reduce(place) != want).sum()
@@ -135,7 +148,7 @@ def delay(rank: int, size: int, call: int, rng: random.Random) -> None:
 def back_to_back(calls: Calls, rank: int, size: int) -> None:
     rng = random.Random(rank)  # each rank is late in its own way
     shared = random.Random(99)  # all ranks make the same calls
-    kinds = ["norm", "norm", "norm", "two-shot", "sum", "copy", "gather"]
+    kinds = ["norm", "norm", "packets", "packets", "two-shot", "sum", "copy", "gather"]
     for call in range(1000):
         rows, kind = shared.choice(list(calls.base)), shared.choice(kinds)
         delay(rank, size, call, rng)
@@ -168,18 +181,25 @@ def replayed(calls: Calls, rank: int, size: int) -> None:
         for rows in (1, 700, 3, 64):
             calls.run(rows, "norm")
 
-    steps = [step_of(1, "norm", 8), step_of(64, "norm", 7), step_of(700, "two-shot", 6), turns]
+    steps = [
+        turns,
+        step_of(1, "norm", 8),
+        step_of(64, "norm", 7),
+        step_of(700, "two-shot", 6),
+        step_of(3, "packets", 7),
+    ]
     graphs = [captured(step) for step in steps]
     shared = random.Random(7)
     for call in range(400):
-        graph = graphs[shared.randrange(4)]
+        graph = shared.choice(graphs)
         delay(rank, size, call, rng)
         graph.replay()
         if shared.random() < 0.1:
-            for kind in ("copy", "norm", "norm"):  # an eager step between
+            for kind in ("copy", "norm", "packets", "norm"):  # an eager step between
                 calls.run(3, kind)
     for _ in range(200):
-        graphs[3].replay()
+        graphs[0].replay()
+        graphs[4].replay()
     calls.verify("replayed")
 
 

@@ -14,8 +14,10 @@ import torch
 from kubeinfer.kernels.all_reduce import (
     COUNTER_BYTES,
     MOST_PROGRAMS,
+    Inboxes,
     Peers,
     gather_columns,
+    sum_packets,
     sum_rows,
     sum_rows_reference,
 )
@@ -49,7 +51,11 @@ class OneProcess:
     """All ranks' peer memory in one process: each rank's kernel runs alone, once all parts are there."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: str):
-        self.slot, self.result, num_bytes = COUNTER_BYTES, COUNTER_BYTES + 65536, COUNTER_BYTES + 131072
+        self.slot, self.result, num_bytes = (
+            COUNTER_BYTES,
+            COUNTER_BYTES + 65536,
+            COUNTER_BYTES + 65536 + 2**22,
+        )
         self.dtype = dtype
         self.memory = [torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(size)]
         addresses = torch.tensor([m.data_ptr() for m in self.memory], device=device)
@@ -95,6 +101,19 @@ def test_kernels_in_one_process(device: str, dtype: torch.dtype, size: int, rows
     for rank in range(size):
         own = world.view(rank, world.result, rows, width)
         assert error(own, normed(whole, weight)) < TOLERANCE[dtype]
+    calls = torch.zeros(16, dtype=torch.int32, device=device)
+    inboxes = Inboxes(world.result, 16, width, calls)
+    for turn in range(2):  # nobody waits here: the first turn only sends
+        for peers, part in zip(world.ranks, parts):
+            out = torch.full((rows, width), float("nan"), dtype=dtype, device=device)
+            on = part.to(device)
+            sum_packets(peers, inboxes, on, out)
+            assert not turn or error(out, total) < TOLERANCE[dtype]
+            kept = residual.to(device, copy=True)
+            sum_packets(peers, inboxes, on, out, residual=kept, weight=scale, eps=EPS)
+            if turn:
+                assert error(kept, whole) < TOLERANCE[dtype]
+                assert error(out, normed(whole, weight)) < TOLERANCE[dtype]
     for total_width in (size * width, size * width - 3):
         out = torch.full((rows, total_width), float("nan"), dtype=dtype, device=device)
         gather_columns(world.ranks[1], world.slot, rows, width, out)

@@ -51,10 +51,10 @@ class TorchGroup:
             return
         self._wants_peer = False
         programs = self.smallest(usable_programs(self.device, self.size))  # all ranks launch equal grids
-        slot_bytes = rows * width * dtype.itemsize
+        row_bytes = width * dtype.itemsize
         peer: PeerMemory | None = None
         try:
-            peer = allocate(self._name, self.rank, self.size, self.device, slot_bytes, programs)
+            peer = allocate(self._name, self.rank, self.size, self.device, rows, row_bytes, programs)
         except (RuntimeError, ImportError, AttributeError) as exc:
             logger.warning(
                 "all-reduce over peer memory is off, NCCL does it all: %s", str(exc).splitlines()[0]

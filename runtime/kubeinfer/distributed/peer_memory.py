@@ -6,7 +6,8 @@ After the counters of `kubeinfer.kernels.all_reduce` come slots of equal size, i
   slot again is safe once a later call is complete, because that call met all peers after they had completed the earlier one.
 - slot 2 is for what a step does once (embedding, logits): those calls end with a closing meeting and begin the turns anew.
 - the result of the two-shot method, which has a closing meeting too; it is written by peers only once they have met this
-  rank in a later call, after this rank's readers of it are complete.
+  rank in a later call, after this rank's readers of it are complete;
+- the inboxes of `sum_packets`, which need no such care.
 
 A CUDA graph replays the turns it was captured with. That is safe if calls on either side of a replay's edge use different
 slots: either a once-a-step call stands between, or a step makes an even number of calls in turns (two a layer).
@@ -24,14 +25,19 @@ from kubeinfer.kernels.all_reduce import (
     COUNTER_BYTES,
     MOST_PROGRAMS,
     MOST_RANKS,
+    Inboxes,
     Peers,
     gather_columns,
+    sum_packets,
     sum_rows,
 )
 
 # Up to here every rank sums all rows (one-shot); beyond, each sums its share and passes it on (two-shot). With two ranks
 # both move the same bytes.
 ONE_SHOT_BYTES = {2: 1 << 40, 4: 512 * 1024, 8: 256 * 1024}
+# Up to here parts are sent as packets; 0: never. They take twice the bytes on the link and save a meeting and a way.
+PACKET_BYTES = 128 * 1024
+_MOST_PACKET_ROWS = 64
 _MOST_SLOT_BYTES = 256 * 2**20
 _LEAST_SLOT_BYTES = 8 * 2**20
 # Of a rank for its peers' word before it gives up; a look takes about half a microsecond, so two minutes.
@@ -44,15 +50,20 @@ class PeerMemory:
     """Sums and gathers of one group. Every rank makes the same calls in the same order, on one stream.
 
     Args:
-        memory: this rank's part, uint8: the counters (zero at first), three slots and the result.
+        memory: this rank's part, uint8: the counters (zero at first), three slots, the result and the inboxes.
         peers: where the other ranks' parts are.
         slot_bytes: of each slot and of the result; a multiple of ``ALIGNMENT``.
+        inboxes: for packets.
         handle: what must live as long as the mapping of the peers' parts.
     """
 
-    def __init__(self, memory: Tensor, peers: Peers, slot_bytes: int, handle: object = None):
+    def __init__(
+        self, memory: Tensor, peers: Peers, slot_bytes: int, inboxes: Inboxes, handle: object = None
+    ):
         self.peers = peers
         self.slot_bytes = slot_bytes
+        self.inboxes = inboxes
+        self.packet_bytes = PACKET_BYTES
         self.one_shot_bytes = ONE_SHOT_BYTES.get(peers.size, min(ONE_SHOT_BYTES.values()))
         self._memory = memory
         self._result = COUNTER_BYTES + 3 * slot_bytes
@@ -65,11 +76,11 @@ class PeerMemory:
         return dtype in _DTYPES and rows > 0 and row % 16 == 0 and rows * row <= self.slot_bytes
 
     def lend(self, rows: int, width: int, dtype: torch.dtype, once: bool = False) -> Tensor | None:
-        """Where the next call's ``[rows, width]`` may be written, so that it need not be copied; None if it does not fit.
+        """Where the next call's ``[rows, width]`` is to be written, so that it need not be copied.
 
-        ``once``: for `gather`; else for `sum`.
+        None if it does not fit, or is sent as packets from wherever it lies. ``once``: for `gather`; else for `sum`.
         """
-        if not self.fits(rows, width, dtype):
+        if not self.fits(rows, width, dtype) or (not once and self._in_packets(rows, width, dtype)):
             return None
         return self._view(self._offset(_ONCE if once else self._turn), rows, width, dtype)
 
@@ -91,9 +102,12 @@ class PeerMemory:
         call, and of ``residual`` only this rank's rows are right.
         """
         rows, width = x.shape
-        num_bytes = x.numel() * x.element_size()
+        if two_shot is None and self._in_packets(rows, width, x.dtype):
+            out = torch.empty_like(x)
+            sum_packets(self.peers, self.inboxes, x, out, residual=residual, weight=weight, eps=eps)
+            return out
         if two_shot is None:
-            two_shot = residual is not None and num_bytes > self.one_shot_bytes
+            two_shot = residual is not None and x.numel() * x.element_size() > self.one_shot_bytes
         lent = self.holds(x)
         slot = self._offset(self._turn if lent else _ONCE)
         if not lent:
@@ -116,6 +130,14 @@ class PeerMemory:
         self._turn = 0
         return out
 
+    def _in_packets(self, rows: int, width: int, dtype: torch.dtype) -> bool:
+        num_bytes = width * dtype.itemsize
+        return (
+            rows * num_bytes <= self.packet_bytes
+            and rows <= self.inboxes.rows
+            and num_bytes <= 4 * self.inboxes.words
+        )
+
     def _offset(self, slot: int) -> int:
         return COUNTER_BYTES + slot * self.slot_bytes
 
@@ -128,9 +150,9 @@ class PeerMemory:
 
 
 def allocate(
-    group_name: str, rank: int, size: int, device: torch.device, slot_bytes: int, programs: int
+    group_name: str, rank: int, size: int, device: torch.device, rows: int, row_bytes: int, programs: int
 ) -> PeerMemory:
-    """Peer memory for tensors of up to ``slot_bytes``, within reason; all ranks of the group call it together.
+    """Peer memory for up to ``rows`` of ``row_bytes``, within reason; all ranks of the group call it together.
 
     Raises RuntimeError, ImportError or AttributeError where torch or the GPUs cannot share memory.
     """
@@ -139,11 +161,17 @@ def allocate(
     if size > MOST_RANKS:
         raise RuntimeError(f"peer memory serves up to {MOST_RANKS} ranks, not {size}")
     most = min(_MOST_SLOT_BYTES, torch.cuda.get_device_properties(device).total_memory // 256)
-    slot_bytes = -(-min(max(slot_bytes, _LEAST_SLOT_BYTES), most) // ALIGNMENT) * ALIGNMENT
-    total = COUNTER_BYTES + 4 * slot_bytes
+    slot_bytes = -(-min(max(rows * row_bytes, _LEAST_SLOT_BYTES), most) // ALIGNMENT) * ALIGNMENT
+    inboxes = Inboxes(
+        offset=COUNTER_BYTES + 4 * slot_bytes,
+        rows=_MOST_PACKET_ROWS,
+        words=-(-row_bytes // 16) * 4,
+        calls=torch.zeros(_MOST_PACKET_ROWS, dtype=torch.int32, device=device),
+    )
+    total = inboxes.offset + Inboxes.num_bytes(size, inboxes.rows, inboxes.words)
     memory: Tensor = symmetric.empty(total, dtype=torch.uint8, device=device)
-    memory[:COUNTER_BYTES].zero_()
-    # No rank leaves the rendezvous before all have come: by then every rank's counters are zero.
+    memory.zero_()
+    # No rank leaves the rendezvous before all have come: by then every rank's counters and inboxes are zero.
     torch.cuda.synchronize(device)
     handle: Any = symmetric.rendezvous(memory, group=group_name)
     addresses = list(handle.buffer_ptrs)
@@ -157,7 +185,7 @@ def allocate(
         limit=_LOOKS,
     )
     torch.cuda.synchronize(device)
-    return PeerMemory(memory, peers, slot_bytes, handle)
+    return PeerMemory(memory, peers, slot_bytes, inboxes, handle)
 
 
 def usable_programs(device: torch.device, size: int) -> int:

@@ -34,6 +34,39 @@ class Peers:
     meet: bool = True  # False: the peers' parts are all there (tests in one process)
 
 
+@dataclass(frozen=True, slots=True)
+class Inboxes:
+    """Where `sum_packets` leaves its packets of 8 bytes: ``[2, ranks, rows, words]`` of them, zero at first."""
+
+    offset: int  # into peer memory, in bytes
+    rows: int
+    words: int  # the most words of 4 bytes a row; even
+    calls: Tensor  # int32 [rows], zero at first: how many calls each row took part in
+
+    @staticmethod
+    def num_bytes(ranks: int, rows: int, words: int) -> int:
+        return -(-2 * ranks * rows * words * 8 // ALIGNMENT) * ALIGNMENT
+
+
+def sum_packets(
+    peers: Peers,
+    inboxes: Inboxes,
+    x: Tensor,
+    out: Tensor,
+    *,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """`sum_rows` of all ranks' ``x [rows, width]``, wherever it lies, sent as packets: the fastest for a few rows.
+
+    ``x``, ``out`` and ``residual`` are contiguous, with no more rows and words a row than ``inboxes`` hold.
+    """
+    from kubeinfer.kernels.triton_packets import sum_packets_triton
+
+    sum_packets_triton(peers, inboxes, x, out, residual, weight, eps)
+
+
 def sum_rows(
     peers: Peers,
     slot: int,

@@ -38,6 +38,7 @@ ONE_SHOT_BYTES = {2: 1 << 40, 4: 512 * 1024, 8: 256 * 1024}
 # Up to here parts are sent as packets; 0: never. They take twice the bytes on the link and save a meeting and a way.
 PACKET_BYTES = 128 * 1024
 _MOST_PACKET_ROWS = 64
+_MOST_PACKET_ROW_BYTES = 64 * 1024  # of all ranks together; beyond it the kernel lacks registers
 _MOST_SLOT_BYTES = 256 * 2**20
 _LEAST_SLOT_BYTES = 8 * 2**20
 # Of a rank for its peers' word before it gives up; a look takes about half a microsecond, so two minutes.
@@ -136,6 +137,7 @@ class PeerMemory:
             rows * num_bytes <= self.packet_bytes
             and rows <= self.inboxes.rows
             and num_bytes <= 4 * self.inboxes.words
+            and num_bytes * self.peers.size <= _MOST_PACKET_ROW_BYTES
         )
 
     def _offset(self, slot: int) -> int:

@@ -67,8 +67,10 @@ def _take(inbox, mask, number, limit, MEET: tl.constexpr):
 def _first(words, element: tl.constexpr):
     """The first number of each word, in fp32."""
     if element.primitive_bitwidth == 32:
-        return words.to(element, bitcast=True).to(tl.float32)
-    return (words & 0xFFFF).to(tl.int16).to(element, bitcast=True).to(tl.float32)
+        numbers = words.to(element, bitcast=True)
+    else:
+        numbers = (words & 0xFFFF).to(tl.int16).to(element, bitcast=True)
+    return numbers.to(tl.float32)
 
 
 @triton.jit
@@ -81,9 +83,11 @@ def _second(words, element: tl.constexpr):
 def _word(first, second, element: tl.constexpr):
     """Words of numbers in fp32, rounded."""
     if element.primitive_bitwidth == 32:
-        return first.to(element).to(tl.int32, bitcast=True)
-    low = first.to(element).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | (second.to(element).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        words = first.to(element).to(tl.int32, bitcast=True)
+    else:
+        low = first.to(element).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        words = low | (second.to(element).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return words
 
 
 @triton.jit(do_not_specialize=["limit", "eps"])
@@ -179,7 +183,7 @@ _PACKETS = Kernel(_packets_kernel)
 def _config(num_words: int) -> tuple[int, int]:
     """Padded words and warps."""
     padded = triton.next_power_of_2(num_words)
-    return padded, min(8, max(1, padded // 256))
+    return padded, min(16, max(1, padded // 256))
 
 
 def sum_packets_triton(

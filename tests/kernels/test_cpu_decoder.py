@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures.tiny_models import tiny_model
 from torch import Tensor
 
+from fixtures.tiny_models import tiny_model
 from kubeinfer.kernels.cpu import library as cpu
 from kubeinfer.layers.attention import StepContext
 from kubeinfer.layers.parallel import SingleGroup

@@ -32,7 +32,9 @@ class EngineCore:
         spec = executor.start()
         max_model_len = fit_model_len(options, model_config, spec)
         max_num_seqs, max_tokens = limits
-        kv_cache = KVCacheManager(spec.num_blocks, spec.block_size, options.enable_prefix_caching)
+        kv_cache = KVCacheManager(
+            spec.num_blocks, spec.block_size, options.enable_prefix_caching, spec.num_host_blocks
+        )
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=max_num_seqs,
@@ -52,6 +54,11 @@ class EngineCore:
             spec.weight_bytes / _GIB, spec.kv_cache_bytes / _GIB, tokens, spec.num_blocks - 1, spec.block_size,
             tokens / max_model_len, max_model_len,
         )  # fmt: skip
+        if spec.num_host_blocks:
+            logger.info(
+                "host memory keeps %.2f GiB a GPU of evicted KV blocks = %d tokens",
+                spec.host_cache_bytes / _GIB, spec.num_host_blocks * spec.block_size,
+            )  # fmt: skip
         logger.info("started: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items()))
         self.info = EngineInfo(
             max_model_len=max_model_len,

@@ -281,6 +281,7 @@ class Scheduler:
         self._in_flight.append(samplers)
         released, self._released_rows = self._released_rows, []
         self.num_steps += 1
+        copies_out, copies_in = self.kv_cache.take_copies()
         return StepPlan(
             self.num_steps,
             rows,
@@ -292,6 +293,8 @@ class Scheduler:
             new_blocks,
             released,
             history,
+            copies_out,
+            copies_in,
         )
 
     def _preempt(self, request: Request) -> None:
@@ -363,6 +366,9 @@ class Scheduler:
             prompt_tokens=self.num_prompt_tokens,
             generation_tokens=self.num_generation_tokens,
             num_steps=self.num_steps,
+            prefix_cache_host_hits=self.kv_cache.host_hits,
+            host_cache_usage=self.kv_cache.host_usage,
+            blocks_copied_out=self.kv_cache.num_copied_out,
         )
 
     def check_integrity(self) -> None:

@@ -18,8 +18,9 @@ from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.model_config import ModelConfig
 from kubeinfer.models.registry import model_class
 from kubeinfer.options import EngineOptions
+from kubeinfer.worker.block_swapper import BlockSwapper
 from kubeinfer.worker.gpu_setup import prepare_gpu, profile_largest_step
-from kubeinfer.worker.memory import block_bytes, cpu_kv_blocks, gpu_kv_blocks, usable_cpus
+from kubeinfer.worker.memory import block_bytes, cpu_kv_blocks, gpu_kv_blocks, host_kv_blocks, usable_cpus
 from kubeinfer.worker.model_runner import ModelRunner, PendingResult
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Worker:
         self.dtype: torch.dtype = getattr(torch, model_config.dtype)
         self.cache_dtype = self.dtype
         self.runner: ModelRunner | None = None
+        self.swapper: BlockSwapper | None = None
 
     def start(self) -> CacheSpec:
         """Weights, then the KV cache from what is left. Raises ``ModelLoadError`` or ``OptionError``."""
@@ -76,6 +78,11 @@ class Worker:
             )
             seconds["profile"] = round(time.perf_counter() - began, 3)
             began = time.perf_counter()
+        num_host_blocks = self.num_host_blocks(per_block)
+        if num_host_blocks:
+            num_host_blocks = self.group.smallest(num_host_blocks)
+            self.swapper = BlockSwapper(num_host_blocks, per_block, self.device)
+        if self.is_gpu:
             num_blocks = gpu_kv_blocks(
                 self.options, self.model_config, per_block, peak, self.max_num_seqs, self.device
             )
@@ -90,7 +97,18 @@ class Worker:
             began = time.perf_counter()
             prepare_gpu(self.runner, self.options, self.max_tokens)
             seconds["graphs"] = round(time.perf_counter() - began, 3)
-        return CacheSpec(num_blocks, block_size, store.num_bytes, num_blocks * per_block, seconds)
+        if self.swapper is not None:
+            self.swapper.start(kv_caches, num_host_blocks)
+        return CacheSpec(
+            num_blocks, block_size, store.num_bytes, num_blocks * per_block, seconds, num_host_blocks,
+            num_host_blocks * per_block,
+        )  # fmt: skip
+
+    def num_host_blocks(self, per_block: int) -> int:
+        """KV blocks of ``per_block`` bytes that this rank may keep in host memory."""
+        if not self.is_gpu or not self.options.enable_prefix_caching:
+            return 0
+        return host_kv_blocks(self.options, per_block, self.group.size)
 
     def _load_model(self) -> tuple[Any, ParameterStore]:
         config = self.model_config
@@ -123,7 +141,12 @@ class Worker:
     def execute(self, plan: StepPlan) -> PendingResult:
         if self.runner is None:
             raise RuntimeError("the worker was not started")
+        if self.swapper is not None:
+            self.swapper.apply(plan)
         return self.runner.execute(plan)
 
     def shutdown(self) -> None:
+        if self.swapper is not None:
+            self.swapper.close()
+            self.swapper = None
         self.runner = None

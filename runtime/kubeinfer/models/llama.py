@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kubeinfer.kernels.cpu.decoder import DecoderShape, DecoderStack, LayerWeights, decoder_stack
 from kubeinfer.kernels.linear import few_rows
 from kubeinfer.layers.attention import SelfAttention, StepContext
 from kubeinfer.layers.embedding import VocabEmbedding
@@ -39,6 +40,32 @@ class DecoderLayer:
         hidden, residual = self.mlp_norm(self.attention(hidden, step), residual)
         return self.mlp(hidden), residual
 
+    def finish(
+        self, hidden: Tensor, residual: Tensor | None, wanted: Tensor, step: StepContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the last layer: all tokens' keys and values, but only the ``wanted`` tokens' states ``[N, H]``."""
+        hidden, residual = self.input_norm(hidden, residual)
+        attended = self.attention.attend(hidden, step)
+        if not wanted.shape[0]:
+            return hidden[:0], residual
+        attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
+        hidden, residual = self.mlp_norm(self.attention.out(attended), residual)
+        return self.mlp(hidden), residual
+
+    def weights(self) -> LayerWeights | None:
+        """What the CPU's stack of layers reads, where every product is packed."""
+        attention, mlp = self.attention, self.mlp
+        packed = [linear.packed for linear in (attention.qkv, attention.out, mlp.gate_up, mlp.down)]
+        if any(weight is None for weight in packed):
+            return None
+        qkv, out, gate_up, down = (weight.data for weight in packed if weight is not None)
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        return LayerWeights(
+            self.input_norm.weight, qkv, attention.qkv.bias, q_norm.weight if q_norm else None,
+            k_norm.weight if k_norm else None, out, attention.out.bias, self.mlp_norm.weight, gate_up,
+            mlp.gate_up.bias, down, mlp.down.bias, attention.window,
+        )  # fmt: skip
+
 
 class LlamaForCausalLM:
     """The model of one rank. Subclasses say how their attention differs."""
@@ -63,6 +90,7 @@ class LlamaForCausalLM:
             else VocabEmbedding(store, "lm_head", config.vocab_size, config.hidden_size)
         )
         self.optional_weights = frozenset({"lm_head.weight"} if tied else ())
+        self.stack: DecoderStack | None = None
 
     def attention(
         self, store: ParameterStore, config: ModelConfig, layer: int, cos_sin: Tensor
@@ -78,12 +106,38 @@ class LlamaForCausalLM:
             for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
                 linear.finish_loading()
         self.head.finish_loading()
+        self.stack = self._cpu_stack()
+
+    def _cpu_stack(self) -> DecoderStack | None:
+        """The layers as one call into the CPU's library, where it serves them."""
+        weights = [layer.weights() for layer in self.layers]
+        if not weights or any(w is None for w in weights) or not self.layers[0].alone:
+            return None
+        config, attention = self.config, self.layers[0].attention
+        shape = DecoderShape(
+            config.hidden_size, config.intermediate_size, attention.num_heads, attention.num_kv_heads, config.head_dim,
+            attention.cos_sin, config.norm_eps, attention.scale,
+        )  # fmt: skip
+        return decoder_stack(shape, [w for w in weights if w is not None])
 
     def forward(self, input_ids: Tensor, step: StepContext) -> Tensor:
-        """``input_ids [T]`` -> final hidden states ``[T, hidden]``."""
+        """``input_ids [T]`` -> final hidden states of ``step.wanted`` tokens (all, if None) ``[N, hidden]``."""
         hidden, residual = self.embedding.embed(input_ids), None
-        for layer in self.layers:
+        if self.stack is not None:
+            hidden = self.stack(
+                hidden, step.positions, step.slot_mapping, step.query_start, step.seq_lens, step.block_table,
+                step.kv_caches, step.wanted,
+            )  # fmt: skip
+            return self.norm(hidden, None)[0]
+        for layer in self.layers[:-1]:
             hidden, residual = layer(hidden, residual, step)
+        last = self.layers[-1]
+        if step.wanted is None:
+            hidden, residual = last(hidden, residual, step)
+        else:
+            hidden, residual = last.finish(hidden, residual, step.wanted, step)
+            if not hidden.shape[0]:
+                return hidden
         return self.norm(hidden, residual)[0]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

@@ -95,13 +95,15 @@ class OPTForCausalLM:
         self.head.finish_loading()
 
     def forward(self, input_ids: Tensor, step: StepContext) -> Tensor:
-        """``input_ids [T]`` -> final hidden states ``[T, embedding width]``."""
+        """``input_ids [T]`` -> final hidden states of ``step.wanted`` tokens (all, if None) ``[N, embedding width]``."""
         hidden = self.embedding.embed(input_ids)
         if self.project_in is not None:
             hidden = self.project_in(hidden)
         hidden = hidden + F.embedding(step.positions + _POSITION_OFFSET, self.positions)
         for layer in self.layers:
             hidden = layer(hidden, step)
+        if step.wanted is not None:
+            hidden = hidden.index_select(0, step.wanted)
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden if self.project_out is None else self.project_out(hidden)

@@ -98,7 +98,8 @@ def warm_up(runner: ModelRunner, max_tokens: int) -> None:
         chunks = [min(17, max(2, (max_tokens - count) // count))] * count
         if count + sum(chunks) <= max_tokens:
             ids, step = dummy_step(runner.kv_caches, runner.block_size, count, chunks, runner.workspace)
-            runner.model.logits(runner.model.forward(ids, step)[:count])
+            step.wanted = torch.arange(count, dtype=torch.int32, device=runner.device)
+            runner.model.logits(runner.model.forward(ids, step))
         count *= 2
     logits = torch.zeros(2, runner.model.config.vocab_size, dtype=runner.dtype, device=runner.device)
     ones = torch.ones(2, dtype=torch.float32, device=runner.device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,3 +159,92 @@ def test_copies_reach_the_bus_speed_and_return_every_byte() -> None:
     assert gib / (middle - began) > 8
     assert gib / (end - erased) > 8
     swapper.close()
+
+
+# ---- weights ----
+
+
+def dummy(tmp_path: Path, layers: int, **options: Any) -> Any:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816,
+        "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 8000,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 1e4, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = {"kv_cache_memory_bytes": 2**28, "max_num_seqs": 16, "max_num_batched_tokens": 512, **options}
+    return make_client(EngineOptions(model=str(tmp_path), device="cuda", load_format="dummy", **options))
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("extra", [{}, {"enforce_eager": True}])
+def test_streamed_weights_change_no_output(extra: dict[str, Any], name: str, gpus: int) -> None:
+    import torch
+
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    prompts = shared_beginnings(3, count=24)
+    plain = make(name)
+    expected = generate(plain, prompts, 24, 24)
+    plain.shutdown()
+    # A host pool beside it: both stream over the same bus.
+    client = make(
+        name, cpu_offload_gb=1e-5, swap_space=0.05, num_gpu_blocks_override=60, max_model_len=256,
+        tensor_parallel_size=gpus, **extra,
+    )  # fmt: skip
+    for at_once in (24, 1, 16):
+        assert generate(client, prompts, 24, at_once) == expected
+    client.shutdown()
+
+
+@pytest.mark.parametrize("extra", [{}, {"enforce_eager": True}])
+def test_fused_kernels_read_streamed_weights_whole(tmp_path: Path, extra: dict[str, Any]) -> None:
+    """bfloat16, where kernels of few tokens begin to read weights early: bit-equal to the model without streaming."""
+    prompts = [p[:100] for p in shared_beginnings(4, count=20)]
+    plain = dummy(tmp_path, 12, enable_prefix_caching=False, **extra)
+    expected = [generate(plain, prompts, 40, at_once) for at_once in (1, 3, 16)]
+    plain.shutdown()
+    client = dummy(tmp_path, 12, enable_prefix_caching=False, cpu_offload_gb=0.1, **extra)
+    assert 0 < len(client.core.executor.worker.streamer.views) < 12
+    assert [generate(client, prompts, 40, at_once) for at_once in (1, 3, 16)] == expected
+    client.shutdown()
+
+
+def test_the_weights_are_never_all_on_the_device(tmp_path: Path) -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    plain = dummy(tmp_path, 40, enforce_eager=True)
+    whole, peak = plain.info.weight_bytes, torch.cuda.max_memory_allocated() - before
+    assert peak > whole
+    plain.shutdown()
+    del plain
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    client = dummy(tmp_path, 40, enforce_eager=True, cpu_offload_gb=0.5)
+    assert client.info.weight_bytes <= whole - 2**29
+    assert torch.cuda.max_memory_allocated() - before <= peak - 0.9 * 2**29
+    client.shutdown()
+
+
+@pytest.mark.parametrize("extra", [{}, {"enforce_eager": True}])
+def test_a_step_takes_no_longer_than_its_copies(tmp_path: Path, extra: dict[str, Any]) -> None:
+    """All layers streamed: one sequence decodes at the speed of the bus, computing beside it."""
+    client = dummy(tmp_path, 40, cpu_offload_gb=100.0, **extra)
+    worker = client.core.executor.worker
+    gib = sum(t.numel() * t.element_size() for t in worker.streamer.host_tensors) / 2**30
+    generate(client, [[5, 6, 7]], 20, 1)
+    began = time.perf_counter()
+    generate(client, [[5, 6, 7]], 100, 1)
+    rate = gib * 100 / (time.perf_counter() - began)
+    print(f"{gib:.2f} GiB a step at {rate:.1f} GiB/s")
+    assert rate > 8
+    client.shutdown()

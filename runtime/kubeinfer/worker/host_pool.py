@@ -28,7 +28,8 @@ def host_memory(num_bytes: int) -> Tensor:
 def page_lock(memory: Tensor) -> bool:
     """Lock ``memory``'s pages for copies to and from a GPU. False where the driver refuses (a limit on locked memory)."""
     # Not torch's own pinned memory: its allocator rounds up to a power of two, tens of GiB at these sizes.
-    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+    num_bytes = memory.numel() * memory.element_size()
+    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)
     return int(error) == 0
 
 

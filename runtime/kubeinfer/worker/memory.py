@@ -157,20 +157,26 @@ def gpu_kv_blocks(
     return int(blocks)
 
 
+def check_host_memory(option: str, gib: float, ranks: int) -> None:
+    """Raise :class:`OptionError` if ``ranks`` GPUs of this machine cannot have ``gib`` GiB of host memory each."""
+    free = free_host_bytes()
+    if gib * _GIB * ranks <= free * _HOST_SHARE:
+        return
+    most = int(free * _HOST_SHARE / ranks / _GIB * 10) / 10
+    raise OptionError(
+        f"{option} asks for {gib:.4g} GiB of host memory for each of {ranks} GPUs, but of the {free / _GIB:.1f} GiB that "
+        f"are free (cgroup limit included) at most {_HOST_SHARE:.0%} may be page-locked. Lower "
+        f"--{option.replace('_', '-')} to {most:g} or less, or give the pod more memory.",
+        option,
+    )
+
+
 def host_kv_blocks(options: EngineOptions, per_block: int, ranks: int) -> int:
     """KV blocks of host memory that one of ``ranks`` GPUs of this machine keeps (``swap_space``)."""
     if not options.swap_space:
         return 0
+    check_host_memory("swap_space", options.swap_space, ranks)
     budget = int(options.swap_space * _GIB)
-    free = free_host_bytes()
-    if budget * ranks > free * _HOST_SHARE:
-        most = free * _HOST_SHARE / ranks / _GIB
-        raise OptionError(
-            f"swap_space asks for {options.swap_space:g} GiB of host memory for each of {ranks} GPUs, but of the "
-            f"{free / _GIB:.1f} GiB that are free (cgroup limit included) at most {_HOST_SHARE:.0%} may be page-locked. "
-            f"Lower --swap-space to {int(most * 10) / 10:g} or less, or give the pod more memory.",
-            "swap_space",
-        )
     if budget < per_block:
         raise OptionError(
             f"swap_space {options.swap_space:g} GiB is less than one KV block ({per_block / 2**20:.1f} MiB); raise it.",

@@ -88,12 +88,18 @@ def request(name: str, prompt: list[int], max_tokens: int, **extra: object) -> E
 
 
 def make(
-    blocks: int, block_size: int, seqs: int, tokens: int, host_blocks: int = 0, **extra: object
+    blocks: int,
+    block_size: int,
+    seqs: int,
+    tokens: int,
+    host_blocks: int = 0,
+    max_copies_in: int = 1000,
+    **extra: object,
 ) -> tuple[Scheduler, SimulatedDevice]:
     config = SchedulerConfig(
         max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=(blocks - 1) * block_size, **extra
     )
-    kv_cache = KVCacheManager(blocks, block_size, num_host_blocks=host_blocks)
+    kv_cache = KVCacheManager(blocks, block_size, num_host_blocks=host_blocks, max_copies_in=max_copies_in)
     return Scheduler(config, kv_cache), SimulatedDevice(block_size, seqs)
 
 
@@ -143,9 +149,17 @@ def expected(prompt: list[int], count: int) -> list[int]:
     policy=st.sampled_from(["fcfs", "priority"]),
     threshold=st.sampled_from([0, 3]),
     host_blocks=st.sampled_from([0, 1, 3, 20, 500]),
+    max_copies_in=st.sampled_from([1, 3, 1000]),
 )
 def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
-    seed: int, depth: int, block_size: int, tight: bool, policy: str, threshold: int, host_blocks: int
+    seed: int,
+    depth: int,
+    block_size: int,
+    tight: bool,
+    policy: str,
+    threshold: int,
+    host_blocks: int,
+    max_copies_in: int,
 ) -> None:
     rng = random.Random(seed)
     longest = 40
@@ -156,6 +170,7 @@ def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
         rng.randint(1, 6),
         rng.randint(6, 30),
         host_blocks,
+        max_copies_in=max_copies_in,
         policy=policy,
         long_prefill_token_threshold=threshold,
     )
@@ -369,6 +384,31 @@ def test_a_prefix_partly_on_the_device_and_partly_in_the_host() -> None:
     assert found[0] >= 0 > found[-1]
     serve(engine, "c", prompt)
     assert 0 < cache.host_hits < cache.prefix_hits == 32
+
+
+def test_running_streams_do_not_wait_for_many_copies() -> None:
+    scheduler, device = make(60, 4, 8, 1000, host_blocks=100, max_copies_in=3)
+    engine, cache = Engine(scheduler, device, 2), scheduler.kv_cache
+    prompt = list(range(48)) + [1]
+    serve(engine, "a", prompt)
+    serve(engine, "b", [9] * 230)  # pushes a's blocks out
+    scheduler.add(request("stream", [5, 6, 7], 30))
+    while not scheduler.requests["stream"].num_output:
+        engine.step()
+    start = len(engine.plans)
+    scheduler.add(request("c", prompt, 4))
+    found: dict[str, list[int]] = {}
+    while "c" in scheduler.requests:
+        for output in engine.step():
+            found.setdefault(output.request_id, []).extend(output.new_token_ids)
+    assert found["c"] == expected(prompt, 4)
+    copies = [len(plan.copies_in) for plan in engine.plans[start:]]
+    assert max(copies) == 3
+    assert sum(copies) * 4 == cache.host_hits >= 36
+    assert all(plan.num_decodes >= 1 for plan in engine.plans[start:]), (
+        "the stream gets a token in every step"
+    )
+    assert engine.run()["stream"]
 
 
 def test_reset_prefix_cache_clears_both_tiers() -> None:

@@ -24,7 +24,7 @@ class KVCacheManager:
 
     ``num_host_blocks`` blocks of host memory keep what is evicted. ``copies_out`` (device block, host block) and
     ``copies_in`` (host block, device block) gather what the next step's plan must copy: first out, then in, both before
-    the step itself.
+    the step itself. More than ``max_copies_in`` blocks come in at once only where nobody waits for it.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class KVCacheManager:
         block_size: int,
         enable_prefix_caching: bool = True,
         num_host_blocks: int = 0,
+        max_copies_in: int = 2**31,
     ):
         if num_blocks < 2:
             raise ValueError("the KV cache needs at least two blocks (one is the dummy block).")
@@ -44,6 +45,7 @@ class KVCacheManager:
         self._cached: dict[bytes, int] = {}
         self._free = FreeList(num_blocks)
         self._free.remove(DUMMY_BLOCK)
+        self.max_copies_in = max_copies_in
         self._host = HostTier(num_host_blocks if enable_prefix_caching else 0)
         self.copies_out: list[tuple[int, int]] = []
         self.copies_in: list[tuple[int, int]] = []
@@ -104,6 +106,35 @@ class KVCacheManager:
 
     def take_prefix(self, request: Request, blocks: list[int]) -> None:
         """Hold the cached ``blocks`` for a request that holds none yet, and count the hit."""
+        request.block_ids = self._hold(request, blocks)
+        request.num_registered = len(blocks)
+        request.num_computed = len(blocks) * self.block_size
+        if self.enable_prefix_caching:
+            self.prefix_queries += len(request.token_ids)
+            self.prefix_hits += request.num_computed
+            # A block fetched early may have been evicted again, and fetched twice.
+            self.host_hits += min(request.num_fetched, len(blocks)) * self.block_size
+            request.num_fetched = 0
+
+    def exceeds_copies(self, blocks: list[int]) -> bool:
+        """Whether bringing in all of ``blocks`` makes the next step wait for too many copies."""
+        count = sum(1 for block in blocks if block < 0)
+        return count > 0 and len(self.copies_in) + count > self.max_copies_in
+
+    def prefetch(self, request: Request, blocks: list[int]) -> None:
+        """Bring in as many of ``blocks`` as the next step may wait for; nobody holds them yet."""
+        room = self.max_copies_in - len(self.copies_in)
+        part = []
+        for block in blocks:
+            if block < 0:
+                if room <= 0:
+                    break
+                room -= 1
+            part.append(block)
+        self._give_back(self._hold(request, part))
+
+    def _hold(self, request: Request, blocks: list[int]) -> list[int]:
+        """``blocks``, which begin the request, held once more; the host's are brought in to blocks of the device."""
         # All are held before the first block is evicted to make room: it must not be one of them.
         for block in blocks:
             if block < 0:
@@ -112,16 +143,13 @@ class KVCacheManager:
                 if self._refs[block] == 0:
                     self._free.remove(block)
                 self._refs[block] += 1
-        taken = [
-            block if block >= 0 else self._bring_in(~block, request.block_hashes[i])
-            for i, block in enumerate(blocks)
-        ]
-        request.block_ids = taken
-        request.num_registered = len(taken)
-        request.num_computed = len(taken) * self.block_size
-        if self.enable_prefix_caching:
-            self.prefix_queries += len(request.token_ids)
-            self.prefix_hits += request.num_computed
+        held = []
+        for i, block in enumerate(blocks):
+            if block < 0:
+                block = self._bring_in(~block, request.block_hashes[i])
+                request.num_fetched += 1
+            held.append(block)
+        return held
 
     def _bring_in(self, host_block: int, key: bytes) -> int:
         """A device block that gets ``host_block``'s content before the next step."""
@@ -129,7 +157,6 @@ class KVCacheManager:
         self._cached[key] = block
         self._key[block] = key
         self.copies_in.append((host_block, block))
-        self.host_hits += self.block_size
         return block
 
     def _take_free(self) -> int:
@@ -186,13 +213,17 @@ class KVCacheManager:
         request.num_registered = full
 
     def free(self, request: Request) -> None:
-        """Give all blocks back, the last first, so that a shared beginning is evicted last."""
-        for block in reversed(request.block_ids):
+        """Give all blocks back."""
+        self._give_back(request.block_ids)
+        request.block_ids = []
+        request.num_registered = 0
+
+    def _give_back(self, blocks: list[int]) -> None:
+        """The last first, so that a shared beginning is evicted last."""
+        for block in reversed(blocks):
             self._refs[block] -= 1
             if self._refs[block] == 0:
                 self._free.append(block)
-        request.block_ids = []
-        request.num_registered = 0
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix, the host's too; blocks in use stay with their requests."""

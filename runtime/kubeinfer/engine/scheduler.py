@@ -220,6 +220,11 @@ class Scheduler:
             # A hit that lies in the free list leaves it when taken, so it counts as needed too.
             if needed + kv_cache.count_free(prefix) + (reserve if self.running else 0) > kv_cache.num_free:
                 break
+            if (decodes or chunks) and kv_cache.exceeds_copies(prefix):
+                kv_cache.prefetch(
+                    request, prefix
+                )  # the rest in later steps: running streams wait for the copies
+                break
             self.waiting.pop()
             kv_cache.take_prefix(request, prefix)
             if kv_cache.allocate(request, cached + num_new) is None:

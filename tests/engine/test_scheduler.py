@@ -389,7 +389,7 @@ def test_a_prefix_partly_on_the_device_and_partly_in_the_host() -> None:
 def test_running_streams_do_not_wait_for_many_copies() -> None:
     scheduler, device = make(60, 4, 8, 1000, host_blocks=100, max_copies_in=3)
     engine, cache = Engine(scheduler, device, 2), scheduler.kv_cache
-    prompt = list(range(48)) + [1]
+    prompt = [*range(48), 1]
     serve(engine, "a", prompt)
     serve(engine, "b", [9] * 230)  # pushes a's blocks out
     scheduler.add(request("stream", [5, 6, 7], 30))

@@ -8,11 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kubeinfer.kernels.triton_launch import Kernel
+
 _WORD = 8  # bytes
 _BLOCK = 1024  # words a program moves at a time
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks", "layers"])
 def _copy_kernel(
     pointers_ptr,
     blocks_ptr,
@@ -41,6 +43,9 @@ def _copy_kernel(
             tl.store(cache + at, tl.load(packed + at, mask=inside), mask=inside)
 
 
+_COPY = Kernel(_copy_kernel)
+
+
 def copy_blocks_triton(
     pointers: Tensor, num_blocks: int, page_bytes: int, blocks: Tensor, packed: Tensor, *, gather: bool
 ) -> None:
@@ -49,8 +54,6 @@ def copy_blocks_triton(
     words = page_bytes // _WORD
     if page_bytes % _WORD or packed.shape[-1] != layers * 2 * page_bytes or not packed.is_contiguous():
         raise ValueError("KV pages and the buffer they are copied to or from do not fit each other.")
-    grid = (layers * 2, len(blocks))
-    _copy_kernel[grid](
-        pointers, blocks, packed.view(-1).view(torch.int64), num_blocks, layers,
-        GATHER=gather, PAGE_WORDS=words, BLOCK=min(_BLOCK, triton.next_power_of_2(words)),
-    )  # fmt: skip
+    grid = (layers * 2, len(blocks), 1)
+    args = (pointers, blocks, packed.view(-1).view(torch.int64), num_blocks, layers)
+    _COPY.launch(grid, args, (gather, words, min(_BLOCK, triton.next_power_of_2(words))), num_warps=4)

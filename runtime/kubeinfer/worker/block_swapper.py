@@ -28,21 +28,24 @@ class _Staging:
 class BlockSwapper:
     """Gathers evicted blocks of all layers into staging memory, which a side stream copies to the host; and back.
 
-    The step's own stream waits for a gather (memory to memory on the device), not for the host: only blocks that the
-    step reads are waited for. All traffic with the host runs on one side stream in the order of the plans, so a block
-    that comes back is complete, and a host block is not overwritten while it is read. On the CPU all is done at once.
+    The step's own stream waits for a gather (memory to memory on the device), not for the host: only blocks that come in
+    are waited for. Each direction has its stream, as the bus has two; they wait for each other where they may touch the
+    same host block: out waits for what came in before, in for what went out before. On the CPU all is done at once.
     """
 
     def __init__(self, num_blocks: int, block_bytes: int, device: torch.device):
         """``num_blocks``: at most so many are kept. Staging memory is taken here, before the KV cache is sized."""
         self.device = device
         self.block_bytes = block_bytes
-        rows = max(1, min(num_blocks, _STAGING_BYTES // block_bytes))
+        self._on_gpu = device.type == "cuda"
+        self._rows = max(1, min(num_blocks, _STAGING_BYTES // block_bytes))
         # Two a direction, used in turn: one is filled while the other is emptied.
-        self._staging_out = cycle([_Staging(rows, block_bytes, device) for _ in range(2)])
-        self._staging_in = cycle([_Staging(rows, block_bytes, device) for _ in range(2)])
-        self._rows = rows
-        self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._staging_out = cycle([_Staging(self._rows, block_bytes, device) for _ in range(2)])
+        self._staging_in = cycle([_Staging(self._rows, block_bytes, device) for _ in range(2)])
+        if self._on_gpu:
+            self._out: Any = torch.cuda.Stream(device)
+            self._in: Any = torch.cuda.Stream(device)
+            self._out_done, self._in_done = torch.cuda.Event(), torch.cuda.Event()
         self._kv_caches: list[Tensor] = []
         self._pool: HostPool | None = None
 
@@ -59,56 +62,73 @@ class BlockSwapper:
             return
         if self._pool is None:
             raise RuntimeError("the plan copies KV blocks to host memory, but this worker has none")
+        if self._on_gpu:
+            self._order_streams(plan)
         # In the order of host blocks, neighbours go in one copy.
         out = sorted(plan.copies_out, key=lambda pair: pair[1])
         for first in range(0, len(out), self._rows):
             self._copy_out(out[first : first + self._rows], next(self._staging_out), self._pool)
+        if self._on_gpu and out:
+            self._out_done.record(self._out)
+            if not {host for _, host in out}.isdisjoint(host for host, _ in plan.copies_in):
+                self._in.wait_event(self._out_done)  # evicted and found again within one step's planning
         back = sorted(plan.copies_in)
         for first in range(0, len(back), self._rows):
             self._copy_in(back[first : first + self._rows], next(self._staging_in), self._pool)
+        if self._on_gpu and back:
+            self._in_done.record(self._in)
+
+    def _order_streams(self, plan: StepPlan) -> None:
+        """Behind the other direction's copies of earlier plans. This plan's own touch different host blocks, mostly."""
+        if plan.copies_in:
+            self._in.wait_event(self._out_done)
+        if plan.copies_out:
+            self._out.wait_event(self._in_done)
 
     def _copy_out(self, pairs: list[tuple[int, int]], staging: _Staging, pool: HostPool) -> None:
         rows = staging.rows[: len(pairs)]
         blocks = self._to_device([block for block, _ in pairs])
-        if self._side is None:
+        runs = pool.runs([host for _, host in pairs])
+        if not self._on_gpu:
             gather_blocks(self._kv_caches, self._pointers, blocks, rows)
-            for first, host in pool.runs([block for _, block in pairs]):
+            for first, host in runs:
                 host.copy_(rows[first : first + len(host)])
             return
         step = torch.cuda.current_stream(self.device)
         step.wait_event(staging.free)
         gather_blocks(self._kv_caches, self._pointers, blocks, rows)
         staging.filled.record(step)
-        self._side.wait_event(staging.filled)
-        with torch.cuda.stream(self._side):
-            for first, host in pool.runs([block for _, block in pairs]):
+        self._out.wait_event(staging.filled)
+        with torch.cuda.stream(self._out):
+            for first, host in runs:
                 host.copy_(rows[first : first + len(host)], non_blocking=True)
-        staging.free.record(self._side)
+        staging.free.record(self._out)
 
     def _copy_in(self, pairs: list[tuple[int, int]], staging: _Staging, pool: HostPool) -> None:
         rows = staging.rows[: len(pairs)]
         blocks = self._to_device([block for _, block in pairs])
-        if self._side is None:
-            for first, host in pool.runs([block for block, _ in pairs]):
+        runs = pool.runs([host for host, _ in pairs])
+        if not self._on_gpu:
+            for first, host in runs:
                 rows[first : first + len(host)].copy_(host)
             scatter_blocks(self._kv_caches, self._pointers, blocks, rows)
             return
         step = torch.cuda.current_stream(self.device)
-        self._side.wait_event(staging.free)
-        with torch.cuda.stream(self._side):
-            for first, host in pool.runs([block for block, _ in pairs]):
+        self._in.wait_event(staging.free)
+        with torch.cuda.stream(self._in):
+            for first, host in runs:
                 rows[first : first + len(host)].copy_(host, non_blocking=True)
-        staging.filled.record(self._side)
+        staging.filled.record(self._in)
         step.wait_event(staging.filled)
         scatter_blocks(self._kv_caches, self._pointers, blocks, rows)
         staging.free.record(step)
 
     def _to_device(self, blocks: list[int]) -> Tensor:
         ids = torch.tensor(blocks, dtype=torch.int32)
-        return ids if self._side is None else ids.pin_memory().to(self.device, non_blocking=True)
+        return ids.pin_memory().to(self.device, non_blocking=True) if self._on_gpu else ids
 
     def close(self) -> None:
-        if self._side is not None:
+        if self._on_gpu:
             torch.cuda.synchronize(self.device)
         if self._pool is not None:
             self._pool.close()

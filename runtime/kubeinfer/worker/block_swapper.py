@@ -55,6 +55,10 @@ class BlockSwapper:
         self._pointers = layer_pointers(kv_caches)
         self._pool = HostPool(num_blocks, self.block_bytes, self.device)
         self._pool.start()
+        # Compile or load both kernels now, on the dummy block, and not when a request waits for them.
+        blocks, rows = self._to_device([0]), next(self._staging_out).rows[:1]
+        gather_blocks(kv_caches, self._pointers, blocks, rows)
+        scatter_blocks(kv_caches, self._pointers, blocks, rows)
 
     def apply(self, plan: StepPlan) -> None:
         """Launch the plan's copies; call it before the step's own work, on the step's stream."""

@@ -29,7 +29,10 @@ def page_lock(memory: Tensor) -> bool:
     """Lock ``memory``'s pages for copies to and from a GPU. False where the driver refuses (a limit on locked memory)."""
     # Not torch's own pinned memory: its allocator rounds up to a power of two, tens of GiB at these sizes.
     num_bytes = memory.numel() * memory.element_size()
-    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)
+    try:
+        error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)
+    except RuntimeError:
+        return False
     return int(error) == 0
 
 

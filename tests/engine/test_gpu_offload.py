@@ -48,8 +48,8 @@ def generate(client: EngineClient, prompts: list[list[int]], count: int, at_once
 
 
 def make(name: str, **options: Any) -> Any:
-    options = {"kv_cache_memory_bytes": 2**26, "max_num_seqs": 16, **options}
-    return make_client(EngineOptions(model=str(tiny_model(name)), device="cuda", dtype="float32", **options))
+    options = {"dtype": "float32", "kv_cache_memory_bytes": 2**26, "max_num_seqs": 16, **options}
+    return make_client(EngineOptions(model=str(tiny_model(name)), device="cuda", **options))
 
 
 def shared_beginnings(seed: int, kinds: int = 8, count: int = 48) -> list[list[int]]:
@@ -89,24 +89,25 @@ def test_blocks_that_come_back_change_no_output(extra: dict[str, Any], at_once: 
     client.shutdown()
 
 
-@pytest.mark.parametrize("dtype", ["auto", "fp8"])
-def test_a_small_host_pool_under_pressure(dtype: str) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_small_host_pool_under_pressure(fp8: bool) -> None:
     """Host blocks are given up and overwritten all the time; every prompt again, in another order, answers the same."""
     prompts = shared_beginnings(2, kinds=24, count=120)
-    plain = make("qwen2", enable_prefix_caching=False, kv_cache_dtype=dtype, max_num_batched_tokens=2048)
+    number = {"dtype": "bfloat16", "kv_cache_dtype": "fp8"} if fp8 else {}
+    plain = make("qwen2", enable_prefix_caching=False, max_num_batched_tokens=2048, **number)
     expected = generate(plain, prompts, 12, 120)
     plain.shutdown()
     client = make(
-        "qwen2", num_gpu_blocks_override=80, max_model_len=256, swap_space=0.004 if dtype == "auto" else 0.001, kv_cache_dtype=dtype,
-        max_num_batched_tokens=256,
+        "qwen2", num_gpu_blocks_override=80, max_model_len=256, swap_space=0.001 if fp8 else 0.004,
+        max_num_batched_tokens=256, **number,
     )  # fmt: skip
     order = list(range(len(prompts)))
     for seed in range(4):
         random.Random(seed).shuffle(order)
         again = generate(client, [prompts[i] for i in order], 12, 40)
         same = sum(again[at] == expected[i] for at, i in enumerate(order))
-        # fp8 rounds keys, so a chunk computed beside others may tip a tie; wrong blocks would change nearly all.
-        assert same >= (len(prompts) if dtype == "auto" else 0.9 * len(prompts))
+        # In 16 bits the company of a prompt may tip a tie; a wrong block would change nearly every answer.
+        assert same >= (0.75 if fp8 else 1.0) * len(prompts)
     stats = client.core.scheduler.stats()
     assert stats.prefix_cache_host_hits > 0
     assert stats.host_cache_usage > 0.9

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kubeinfer.engine.plan import StepPlan
 from kubeinfer.kernels.block_copy import gather_blocks, layer_pointers, scatter_blocks
-from kubeinfer.worker.host_pool import HostPool
+from kubeinfer.worker.host_pool import HostPool, copy_async
 
 _STAGING_BYTES = 32 * 2**20
 
@@ -29,8 +29,9 @@ class BlockSwapper:
     """Gathers evicted blocks of all layers into staging memory, which a side stream copies to the host; and back.
 
     The step's own stream waits for a gather (memory to memory on the device), not for the host: only blocks that come in
-    are waited for. Each direction has its stream, as the bus has two; they wait for each other where they may touch the
-    same host block: out waits for what came in before, in for what went out before. On the CPU all is done at once.
+    are waited for. Each direction has its stream, as the bus has two. What comes in waits for what went out before it: it
+    may be the same host block. What goes out is behind all that came in, as the step that gathers it is. On the CPU all
+    is done at once.
     """
 
     def __init__(self, num_blocks: int, block_bytes: int, device: torch.device):
@@ -45,7 +46,7 @@ class BlockSwapper:
         if self._on_gpu:
             self._out: Any = torch.cuda.Stream(device)
             self._in: Any = torch.cuda.Stream(device)
-            self._out_done, self._in_done = torch.cuda.Event(), torch.cuda.Event()
+            self._out_done: Any = torch.cuda.Event()
         self._kv_caches: list[Tensor] = []
         self._pool: HostPool | None = None
 
@@ -66,8 +67,10 @@ class BlockSwapper:
             return
         if self._pool is None:
             raise RuntimeError("the plan copies KV blocks to host memory, but this worker has none")
-        if self._on_gpu:
-            self._order_streams(plan)
+        if self._on_gpu and plan.copies_in:
+            self._in.wait_event(
+                self._out_done
+            )  # of earlier plans; this one's own are other host blocks, mostly
         # In the order of host blocks, neighbours go in one copy.
         out = sorted(plan.copies_out, key=lambda pair: pair[1])
         for first in range(0, len(out), self._rows):
@@ -79,15 +82,6 @@ class BlockSwapper:
         back = sorted(plan.copies_in)
         for first in range(0, len(back), self._rows):
             self._copy_in(back[first : first + self._rows], next(self._staging_in), self._pool)
-        if self._on_gpu and back:
-            self._in_done.record(self._in)
-
-    def _order_streams(self, plan: StepPlan) -> None:
-        """Behind the other direction's copies of earlier plans. This plan's own touch different host blocks, mostly."""
-        if plan.copies_in:
-            self._in.wait_event(self._out_done)
-        if plan.copies_out:
-            self._out.wait_event(self._in_done)
 
     def _copy_out(self, pairs: list[tuple[int, int]], staging: _Staging, pool: HostPool) -> None:
         rows = staging.rows[: len(pairs)]
@@ -105,7 +99,7 @@ class BlockSwapper:
         self._out.wait_event(staging.filled)
         with torch.cuda.stream(self._out):
             for first, host in runs:
-                host.copy_(rows[first : first + len(host)], non_blocking=True)
+                copy_async(host, rows[first : first + len(host)])
         staging.free.record(self._out)
 
     def _copy_in(self, pairs: list[tuple[int, int]], staging: _Staging, pool: HostPool) -> None:
@@ -121,7 +115,7 @@ class BlockSwapper:
         self._in.wait_event(staging.free)
         with torch.cuda.stream(self._in):
             for first, host in runs:
-                rows[first : first + len(host)].copy_(host, non_blocking=True)
+                copy_async(rows[first : first + len(host)], host)
         staging.filled.record(self._in)
         step.wait_event(staging.filled)
         scatter_blocks(self._kv_caches, self._pointers, blocks, rows)

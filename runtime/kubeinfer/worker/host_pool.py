@@ -40,6 +40,11 @@ def page_unlock(memory: Tensor) -> None:
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
+def copy_async(into: Tensor, source: Tensor) -> None:
+    """Copy between page-locked host memory and the device on the current stream; the host does not wait."""
+    into.copy_(source, non_blocking=True)
+
+
 class HostPool:
     """``num_blocks`` rows of ``block_bytes`` each, in chunks.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kubeinfer.errors import OptionError
 from kubeinfer.layers.parameters import ParameterStore
-from kubeinfer.worker.host_pool import page_lock, page_unlock
+from kubeinfer.worker.host_pool import copy_async, page_lock, page_unlock
 
 _ALIGNMENT = 256  # bytes; kernels want 16, copies like more
 
@@ -122,7 +122,7 @@ class WeightStreamer:
             return
         with torch.cuda.stream(self._side):
             for view, tensor in zip(self.views[i], self._layers[i]):
-                view.copy_(tensor, non_blocking=True)
+                copy_async(view, tensor)
             self._filled[i % 2].record(self._side)
 
 

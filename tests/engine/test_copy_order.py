@@ -110,7 +110,7 @@ def test_blocks_are_whole_when_they_are_read(seed: int, host_blocks: int, depth:
         scheduler = Scheduler(SchedulerConfig(3, 30, (num_blocks - 1) * BLOCK_SIZE), cache)
         beginnings = [[rng.randrange(50) for _ in range(20)] for _ in range(4)]
         for i in range(16):
-            prompt = rng.choice(beginnings)[: rng.randrange(1, 21)] + [rng.randrange(50)]
+            prompt = [*rng.choice(beginnings)[: rng.randrange(1, 21)], rng.randrange(50)]
             params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
             scheduler.add(
                 EngineRequest(request_id=str(i), prompt_token_ids=prompt, params=params, seed=0, max_tokens=3)

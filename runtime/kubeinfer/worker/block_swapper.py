@@ -68,9 +68,7 @@ class BlockSwapper:
         if self._pool is None:
             raise RuntimeError("the plan copies KV blocks to host memory, but this worker has none")
         if self._on_gpu and plan.copies_in:
-            self._in.wait_event(
-                self._out_done
-            )  # of earlier plans; this one's own are other host blocks, mostly
+            self._in.wait_event(self._out_done)  # of earlier plans
         # In the order of host blocks, neighbours go in one copy.
         out = sorted(plan.copies_out, key=lambda pair: pair[1])
         for first in range(0, len(out), self._rows):
@@ -78,7 +76,7 @@ class BlockSwapper:
         if self._on_gpu and out:
             self._out_done.record(self._out)
             if not {host for _, host in out}.isdisjoint(host for host, _ in plan.copies_in):
-                self._in.wait_event(self._out_done)  # evicted and found again within one step's planning
+                self._in.wait_event(self._out_done)  # one was evicted and found again in the same planning
         back = sorted(plan.copies_in)
         for first in range(0, len(back), self._rows):
             self._copy_in(back[first : first + self._rows], next(self._staging_in), self._pool)

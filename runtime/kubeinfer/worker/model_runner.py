@@ -193,7 +193,12 @@ class ModelRunner:
         return inputs["ids"], step
 
     def _sample(
-        self, plan: StepPlan, hidden: Tensor, rows: NDArray[np.int32], starts: NDArray[np.int32], partial: bool
+        self,
+        plan: StepPlan,
+        hidden: Tensor,
+        rows: NDArray[np.int32],
+        starts: NDArray[np.int32],
+        partial: bool,
     ) -> PendingResult:
         """``hidden``: states of the sampled tokens if ``partial``, else of all."""
         found_prompt = self._collect_prompt_logprobs(plan, hidden) if self._prompt_logprobs else None

@@ -137,7 +137,12 @@ class DecoderStack:
 
 def decoder_stack(shape: DecoderShape, layers: list[LayerWeights]) -> DecoderStack | None:
     """The stack, or None where the library is missing or does not serve these sizes and dtypes."""
-    tensors = [value for layer in layers for name in LayerWeights.__slots__ if isinstance(value := getattr(layer, name), Tensor)]
+    tensors = [
+        value
+        for layer in layers
+        for name in LayerWeights.__slots__
+        if isinstance(value := getattr(layer, name), Tensor)
+    ]
     if not usable(*tensors) or shape.inner % PANEL or shape.head_dim % 2 or shape.head_dim > MAX_HEAD_DIM:
         return None
     return DecoderStack(shape, layers)

@@ -13,6 +13,12 @@ INLINE void key_rows(const attention_args *a, const int32_t *table, int64_t head
 
 enum { MAX_GROUP = 16, MAX_DIM = 256, DECODE_KEYS = 128 };
 
+/* Rows lie scattered over the cache's blocks: the processor does not guess where the next one is. */
+enum { AHEAD = 16 };
+INLINE void fetch_row(const bf16 *row, int64_t D) {
+    for (int64_t d = 0; d < D; d += 32) _mm_prefetch((const char *)(row + d), _MM_HINT_T0);
+}
+
 /* The sums of sixteen vectors, by a tree of pairs: four times fewer shuffles than sixteen separate sums. */
 INLINE __m512 sums16(__m512 v[16]) {
 #pragma GCC unroll 8
@@ -49,6 +55,37 @@ INLINE __m512 dot16(const bf16 *query, const bf16 *const *keys, int64_t D) {
     return sums16(acc);
 }
 
+/* o[HEADS][D] += s[HEADS][n] values[n][D]: rows of s DECODE_KEYS apart, of o MAX_DIM */
+#define DEFINE_WEIGH(HEADS)                                                                                          \
+    static TARGET void weigh_##HEADS(const float *s, const bf16 *const *keys, int64_t v_offset, int64_t n, int64_t D, \
+                                     float *o) {                                                                     \
+        for (int64_t d = 0; d < D; d += 32) {                                                                        \
+            uint64_t inside = D - d >= 32 ? 0xffffffffu : (1ull << (D - d)) - 1;                                     \
+            __mmask16 m0 = (__mmask16)inside, m1 = (__mmask16)(inside >> 16);                                        \
+            __m512 acc[HEADS][2];                                                                                    \
+            _Pragma("GCC unroll 4") for (int i = 0; i < HEADS; i++) {                                                \
+                acc[i][0] = _mm512_maskz_loadu_ps(m0, o + i * MAX_DIM + d);                                          \
+                acc[i][1] = _mm512_maskz_loadu_ps(m1, o + i * MAX_DIM + d + 16);                                     \
+            }                                                                                                        \
+            for (int64_t j = 0; j < n; j++) {                                                                        \
+                const bf16 *value = keys[j] + v_offset + d;                                                          \
+                __m512 v0 = load_bf16_tail(value, m0), v1 = load_bf16_tail(value + 16, m1);                          \
+                _Pragma("GCC unroll 4") for (int i = 0; i < HEADS; i++) {                                            \
+                    __m512 p = _mm512_set1_ps(s[i * DECODE_KEYS + j]);                                               \
+                    acc[i][0] = _mm512_fmadd_ps(p, v0, acc[i][0]);                                                   \
+                    acc[i][1] = _mm512_fmadd_ps(p, v1, acc[i][1]);                                                   \
+                }                                                                                                    \
+            }                                                                                                        \
+            _Pragma("GCC unroll 4") for (int i = 0; i < HEADS; i++) {                                                \
+                _mm512_mask_storeu_ps(o + i * MAX_DIM + d, m0, acc[i][0]);                                           \
+                _mm512_mask_storeu_ps(o + i * MAX_DIM + d + 16, m1, acc[i][1]);                                      \
+            }                                                                                                        \
+        }                                                                                                            \
+    }
+DEFINE_WEIGH(1) DEFINE_WEIGH(2) DEFINE_WEIGH(3) DEFINE_WEIGH(4)
+typedef void (*weigh_fn)(const float *, const bf16 *const *, int64_t, int64_t, int64_t, float *);
+static const weigh_fn WEIGH[5] = {0, weigh_1, weigh_2, weigh_3, weigh_4};
+
 /* One query token: all heads of one KV head, online softmax over runs of keys. */
 static TARGET void decode_one(const attention_args *a, int64_t token, int64_t seq, int64_t head, int64_t g0, int64_t G, int64_t len) {
     int64_t D = a->D, v_offset = a->blocks * a->Hk * a->block_size * D, first_head = head * (a->Hq / a->Hk) + g0;
@@ -61,12 +98,17 @@ static TARGET void decode_one(const attention_args *a, int64_t token, int64_t se
         int64_t n = len - j0 < DECODE_KEYS ? len - j0 : DECODE_KEYS;
         const bf16 *keys[DECODE_KEYS];
         key_rows(a, table, head, j0, n, keys);
-        for (int64_t j = 0; j < n; j++)
-            for (int64_t d = 0; d < D; d += 32) _mm_prefetch((const char *)(keys[j] + v_offset + d), _MM_HINT_T0);
         for (int64_t j = n; j % 16; j++) keys[j] = keys[n - 1]; /* whole sixteens; what is too many is masked below */
-        for (int64_t g = 0; g < G; g++) {
-            const bf16 *query = a->q + token * a->ldq + (first_head + g) * D;
-            for (int64_t j = 0; j < n; j += 16) _mm512_storeu_ps(&s[g][j], _mm512_mul_ps(dot16(query, keys + j, D), scale));
+        for (int64_t j = 0; j < n && j < AHEAD; j++) fetch_row(keys[j], D);
+        for (int64_t j = 0; j < n; j += 16) {
+            for (int64_t i = j; i < j + 16 && i < n; i++) {
+                if (i + AHEAD < n) fetch_row(keys[i + AHEAD], D);
+                fetch_row(keys[i] + v_offset, D);
+            }
+            for (int64_t g = 0; g < G; g++) {
+                const bf16 *query = a->q + token * a->ldq + (first_head + g) * D;
+                _mm512_storeu_ps(&s[g][j], _mm512_mul_ps(dot16(query, keys + j, D), scale));
+            }
         }
         for (int64_t g = 0; g < G; g++) {
             __m512 tops = _mm512_set1_ps(best[g]);
@@ -85,19 +127,7 @@ static TARGET void decode_one(const attention_args *a, int64_t token, int64_t se
             if (shrink != 1.0f)
                 for (int64_t d = 0; d < D; d++) o[g][d] *= shrink;
         }
-        for (int64_t d = 0; d < D; d += 16) {
-            __mmask16 m = D - d >= 16 ? 0xffff : (__mmask16)((1u << (D - d)) - 1);
-            for (int64_t g = 0; g < G; g += 4) {
-                int64_t count = G - g < 4 ? G - g : 4;
-                __m512 acc[4];
-                for (int64_t i = 0; i < 4; i++) acc[i] = i < count ? _mm512_maskz_loadu_ps(m, &o[g + i][d]) : _mm512_setzero_ps();
-                for (int64_t j = 0; j < n; j++) {
-                    __m512 v = load_bf16_tail(keys[j] + v_offset + d, m);
-                    for (int64_t i = 0; i < count; i++) acc[i] = _mm512_fmadd_ps(_mm512_set1_ps(s[g + i][j]), v, acc[i]);
-                }
-                for (int64_t i = 0; i < count; i++) _mm512_mask_storeu_ps(&o[g + i][d], m, acc[i]);
-            }
-        }
+        for (int64_t g = 0; g < G; g += 4) WEIGH[G - g < 4 ? G - g : 4](s[g], keys, v_offset, n, D, o[g]);
     }
     for (int64_t g = 0; g < G; g++) {
         bf16 *to = a->out + (token * a->Hq + first_head + g) * D;

@@ -21,7 +21,6 @@ from kubeinfer.layers.parallel import SingleGroup
 from kubeinfer.layers.parameters import HostLayers, ParameterStore
 from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
-from kubeinfer.worker import memory
 from kubeinfer.worker.host_pool import host_memory
 from kubeinfer.worker.weight_streamer import WeightStreamer, choose_layers, freed_bytes
 
@@ -136,7 +135,7 @@ def test_what_cannot_be_freed_is_said(
 
 def test_more_than_the_host_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kubeinfer.worker.worker.Worker", StreamingWorker)
-    monkeypatch.setattr(memory, "free_host_bytes", lambda: 100)
+    monkeypatch.setattr("kubeinfer.worker.worker.free_host_bytes", lambda: 100)
     with pytest.raises(OptionError, match="cpu_offload_gb asks for") as refused:
         make("llama")
     assert refused.value.option == "cpu_offload_gb"

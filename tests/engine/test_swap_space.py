@@ -134,16 +134,15 @@ def options(gib: float) -> EngineOptions:
     return EngineOptions(model="m", device="cuda", swap_space=gib)
 
 
-def test_the_host_pool_is_as_large_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_host_bytes", lambda: 100 * 2**30)
-    assert memory.host_kv_blocks(options(0), 2**20, 1) == 0
-    assert memory.host_kv_blocks(options(4), 2**20, 1) == 4096
-    assert memory.host_kv_blocks(options(45), 2**20, 2) == 45 * 1024
+def test_the_host_pool_is_as_large_as_asked() -> None:
+    free = 100 * 2**30
+    assert memory.host_kv_blocks(options(4), 2**20, 1, free) == 4096
+    assert memory.host_kv_blocks(options(45), 2**20, 2, free) == 45 * 1024
     with pytest.raises(OptionError, match=r"Lower --swap-space to 45 or less") as refused:
-        memory.host_kv_blocks(options(46), 2**20, 2)
+        memory.host_kv_blocks(options(46), 2**20, 2, free)
     assert refused.value.option == "swap_space"
     with pytest.raises(OptionError, match="less than one KV block"):
-        memory.host_kv_blocks(options(0.0001), 2**20, 1)
+        memory.host_kv_blocks(options(0.0001), 2**20, 1, free)
 
 
 def test_page_cache_that_may_be_dropped_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

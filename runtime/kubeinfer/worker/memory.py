@@ -157,9 +157,8 @@ def gpu_kv_blocks(
     return int(blocks)
 
 
-def check_host_memory(option: str, gib: float, ranks: int) -> None:
-    """Raise :class:`OptionError` if ``ranks`` GPUs of this machine cannot have ``gib`` GiB of host memory each."""
-    free = free_host_bytes()
+def check_host_memory(option: str, gib: float, ranks: int, free: int) -> None:
+    """Raise :class:`OptionError` if ``ranks`` GPUs of this machine cannot have ``gib`` GiB each of ``free`` bytes."""
     if gib * _GIB * ranks <= free * _HOST_SHARE:
         return
     most = int(free * _HOST_SHARE / ranks / _GIB * 10) / 10
@@ -171,11 +170,9 @@ def check_host_memory(option: str, gib: float, ranks: int) -> None:
     )
 
 
-def host_kv_blocks(options: EngineOptions, per_block: int, ranks: int) -> int:
-    """KV blocks of host memory that one of ``ranks`` GPUs of this machine keeps (``swap_space``)."""
-    if not options.swap_space:
-        return 0
-    check_host_memory("swap_space", options.swap_space, ranks)
+def host_kv_blocks(options: EngineOptions, per_block: int, ranks: int, free: int) -> int:
+    """KV blocks of host memory that one of ``ranks`` GPUs of this machine keeps (``swap_space``) of ``free`` bytes."""
+    check_host_memory("swap_space", options.swap_space, ranks, free)
     budget = int(options.swap_space * _GIB)
     if budget < per_block:
         raise OptionError(

@@ -25,6 +25,7 @@ from kubeinfer.worker.memory import (
     block_bytes,
     check_host_memory,
     cpu_kv_blocks,
+    free_host_bytes,
     gpu_kv_blocks,
     host_kv_blocks,
     usable_cpus,
@@ -124,9 +125,13 @@ class Worker:
 
     def num_host_blocks(self, per_block: int) -> int:
         """KV blocks of ``per_block`` bytes that this rank may keep in host memory."""
-        if not self.is_gpu or not self.options.enable_prefix_caching:
+        if not self.is_gpu or not self.options.swap_space or not self.options.enable_prefix_caching:
             return 0
-        return host_kv_blocks(self.options, per_block, self._ranks)
+        return host_kv_blocks(self.options, per_block, self._ranks, self._free_host_bytes())
+
+    def _free_host_bytes(self) -> int:
+        """What all ranks found free before any of them took some of it."""
+        return self.group.smallest(free_host_bytes())
 
     def _load_model(self) -> tuple[Any, ParameterStore]:
         config = self.model_config
@@ -177,7 +182,7 @@ class Worker:
             )  # fmt: skip
         if not chosen:
             return None
-        check_host_memory("cpu_offload_gb", sum(sizes) / _GIB, self._ranks)
+        check_host_memory("cpu_offload_gb", sum(sizes) / _GIB, self._ranks, self._free_host_bytes())
         logger.info(
             "cpu_offload_gb: %d of %d layers (%.2f GiB) stay in host memory and are copied to the device for every step",
             len(chosen), total, sum(sizes) / _GIB,

@@ -137,13 +137,14 @@ class ParameterStore:
         """Random weights of a sane scale, the same for a seed (load_format dummy)."""
         generator = torch.Generator(device=self.device).manual_seed(seed)
         for tensor in self.tensors:
-            if tensor.dim() == 1:
-                tensor.fill_(1.0)
-            elif tensor.device != self.device:
-                made = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-                tensor.copy_(made.normal_(0.0, 0.02, generator=generator))
+            # What belongs in host memory is drawn on the device too, so that it has the same values there.
+            made = tensor if tensor.device == self.device else torch.empty_like(tensor, device=self.device)
+            if made.dim() == 1:
+                made.fill_(1.0)
             else:
-                tensor.normal_(0.0, 0.02, generator=generator)
+                made.normal_(0.0, 0.02, generator=generator)
+            if made is not tensor:
+                tensor.copy_(made)
 
 
 def _some(names: list[str], most: int = 5) -> str:

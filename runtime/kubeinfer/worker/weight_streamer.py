@@ -6,6 +6,7 @@ buffers in turn: while one layer computes, the next streamed one arrives.
 
 from __future__ import annotations
 
+from inspect import ismethod
 from typing import Any
 
 import torch
@@ -127,7 +128,10 @@ class WeightStreamer:
 
 
 class StreamedLayer:
-    """A decoder layer with the streamer's calls around it. ``number``: its place among the streamed ones, if it is one."""
+    """A decoder layer with the streamer's calls around whatever of it is called.
+
+    ``number``: its place among the streamed ones, if it is one.
+    """
 
     def __init__(self, layer: Any, streamer: WeightStreamer, number: int | None, first: bool):
         self._layer = layer
@@ -137,9 +141,6 @@ class StreamedLayer:
 
     def __call__(self, *args: Any) -> Any:
         return self._run(self._layer, args)
-
-    def finish(self, *args: Any) -> Any:
-        return self._run(self._layer.finish, args)
 
     def _run(self, function: Any, args: tuple[Any, ...]) -> Any:
         if self._first:
@@ -152,7 +153,8 @@ class StreamedLayer:
         return result
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
+        value = getattr(self._layer, name)
+        return (lambda *args: self._run(value, args)) if ismethod(value) else value
 
 
 def stream_layers(model: Any, store: ParameterStore) -> WeightStreamer:

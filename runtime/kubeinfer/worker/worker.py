@@ -168,6 +168,7 @@ class Worker:
         asked = self.offload_bytes()
         if not asked:
             return None
+        free = self._free_host_bytes()  # every rank takes part, whatever it chooses
         measure = ParameterStore(torch.device("meta"), self.dtype, self.group)
         model_class(self.model_config.architecture)(self.model_config, measure)
         chosen = choose_layers(measure.layer_bytes, asked)
@@ -182,7 +183,7 @@ class Worker:
             )  # fmt: skip
         if not chosen:
             return None
-        check_host_memory("cpu_offload_gb", sum(sizes) / _GIB, self._ranks, self._free_host_bytes())
+        check_host_memory("cpu_offload_gb", sum(sizes) / _GIB, self._ranks, free)
         logger.info(
             "cpu_offload_gb: %d of %d layers (%.2f GiB) stay in host memory and are copied to the device for every step",
             len(chosen), total, sum(sizes) / _GIB,

@@ -81,6 +81,11 @@ class DecodeGraphs:
             self._graphs[size] = graph
         return pool
 
+    def run(self) -> None:
+        """Run every size outside a graph."""
+        for size in reversed(self.sizes):
+            self._step(size)
+
     def _step(self, size: int) -> None:
         tables, inputs = self.tables, self._inputs
         rows, starts = self._rows_and_starts[0, :size], self._rows_and_starts[1, :size]

@@ -9,13 +9,21 @@ from torch import Tensor
 
 from kubeinfer.kernels import sampling
 from kubeinfer.kernels.attention import decode_workspace
+from kubeinfer.kernels.compile_ahead import compile_ahead
 from kubeinfer.layers.attention import StepContext
+from kubeinfer.layers.parallel import Group
 from kubeinfer.options import EngineOptions
 from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
+from kubeinfer.worker.memory import usable_cpus
 from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.model_runner import ModelRunner
 
 _MOST_PROFILED_TOKENS = 65536
+
+
+def processes(group: Group) -> int:
+    """That compile kernels: this rank's share of the processors."""
+    return min(16, usable_cpus() // group.size)
 
 
 def dummy_step(
@@ -50,12 +58,22 @@ def dummy_step(
 
 @torch.inference_mode()
 def profile_largest_step(
-    model: Any, page: list[Tensor], block_size: int, max_tokens: int, max_num_seqs: int
+    model: Any,
+    page: list[Tensor],
+    block_size: int,
+    max_tokens: int,
+    max_num_seqs: int,
+    key: str,
+    group: Group,
 ) -> int:
-    """Bytes that the largest step needs beside weights and cache: one is run, on a cache of one page."""
+    """Bytes that the largest step needs beside weights and cache: one is run, on a cache of one page.
+
+    ``key`` says what model and options this is: kernels are compiled ahead once for each.
+    """
     tokens = min(max_tokens, _MOST_PROFILED_TOKENS)
     ids, step = dummy_step(page, block_size, 0, [tokens])
     device = ids.device
+    compile_ahead(lambda: model.forward(ids, step), f"profile {key}", processes(group), group.smallest)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     hidden = model.forward(ids, step)
@@ -68,26 +86,35 @@ def profile_largest_step(
 
 
 @torch.inference_mode()
-def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int) -> None:
+def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int, key: str, group: Group) -> None:
     """Scratch memory of the decode kernel, CUDA graphs unless ``enforce_eager``, and a first run of eager steps."""
     model, tables, config = runner.model, runner.tables, runner.model.config
     max_rows = tables.spare_row
     kv_heads, heads = runner.kv_caches[0].shape[2], model.layers[0].attention.num_heads
     dtype = runner.dtype
     runner.workspace = decode_workspace(max_rows, heads, kv_heads, config.head_dim, runner.device)
+    graphs: DecodeGraphs | None = None
+    mixed: MixedGraphs | None = None
     if not options.enforce_eager:
         graphs = DecodeGraphs(
             model, tables, runner.kv_caches, runner.workspace, runner.block_size, config.vocab_size, dtype,
             capture_sizes(max_rows, options.cudagraph_capture_sizes),
         )  # fmt: skip
-        pool = graphs.capture()
-        runner.graphs = graphs
         mixed = MixedGraphs(
             model, tables, runner.kv_caches, runner.workspace, config.vocab_size, dtype, runner.block_size,
             max_rows, max_tokens,
         )  # fmt: skip
-        mixed.capture(pool)
-        runner.mixed_graphs = mixed
+
+    def steps() -> None:
+        if graphs is not None and mixed is not None:
+            graphs.run()
+            mixed.run()
+        warm_up(runner, max_tokens)
+
+    compile_ahead(steps, f"steps {key}", processes(group), group.smallest)
+    if graphs is not None and mixed is not None:
+        mixed.capture(graphs.capture())
+    runner.graphs, runner.mixed_graphs = graphs, mixed
     warm_up(runner, max_tokens)
 
 

@@ -103,6 +103,11 @@ class MixedGraphs:
             pool = pool or shape.graph.pool()
         return pool
 
+    def run(self) -> None:
+        """Run every shape outside a graph."""
+        for shape in self._shapes.values():
+            self._step(shape)
+
     def _step(self, shape: _Shape) -> None:
         fields, tables = shape.fields, self.tables
         rows, ids = fields["rows"].long(), fields["ids"].clone()

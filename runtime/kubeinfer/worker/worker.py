@@ -94,6 +94,8 @@ class Worker:
                 block_size,
                 self.max_tokens,
                 self.max_num_seqs,
+                self._key(),
+                self.group,
             )
             seconds["profile"] = round(time.perf_counter() - began, 3)
             began = time.perf_counter()
@@ -114,7 +116,7 @@ class Worker:
         seconds["kv_cache"] = round(time.perf_counter() - began, 3)
         if self.is_gpu:
             began = time.perf_counter()
-            prepare_gpu(self.runner, self.options, self.max_tokens)
+            prepare_gpu(self.runner, self.options, self.max_tokens, self._key(), self.group)
             seconds["graphs"] = round(time.perf_counter() - began, 3)
         if self.swapper is not None:
             self.swapper.start(kv_caches, num_host_blocks)
@@ -122,6 +124,11 @@ class Worker:
             num_blocks, block_size, store.num_bytes, num_blocks * per_block, seconds, num_host_blocks,
             num_host_blocks * per_block,
         )  # fmt: skip
+
+    def _key(self) -> str:
+        """What decides which kernels this worker launches."""
+        limits = f"{self.max_num_seqs} {self.max_tokens} rank {self.group.rank} of {self.group.size}"
+        return f"{self.model_config} {self.options.model_dump_json()} {limits}"
 
     def num_host_blocks(self, per_block: int) -> int:
         """KV blocks of ``per_block`` bytes that this rank may keep in host memory."""

@@ -109,6 +109,23 @@ def test_split_sums_do_not_depend_on_who_was_last(device: str, monkeypatch: pyte
         assert torch.equal(linear(x, weight), first)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_product_cut_in_two_is_the_same_product(
+    device: str, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kubeinfer.kernels import linear as module
+
+    monkeypatch.setattr(module, "whole_waves", lambda m, n, k: 128)
+    x, weight, bias = (
+        torch.randn(160, 256).bfloat16(),
+        torch.randn(320, 256).bfloat16(),
+        torch.randn(320).bfloat16(),
+    )
+    got = linear(x.to(device), weight.to(device), bias.to(device) if with_bias else None)
+    want = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
+    assert close(got, want, torch.bfloat16)
+
+
 def test_cpu_tensors_never_take_the_gpu_kernel() -> None:
     x, weight = torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(8, 64, dtype=torch.bfloat16)
     assert not few_rows(x)

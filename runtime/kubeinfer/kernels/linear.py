@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kubeinfer.kernels import tuned
 from kubeinfer.kernels.cpu import library as cpu
 
 if TYPE_CHECKING:
@@ -83,6 +85,25 @@ def few_rows_config(x: Tensor, weight: Tensor, n: int, kind: str) -> Config | Sk
     from kubeinfer.kernels.triton_linear import find_config
 
     return find_config(x.shape[0], n, k, kind)
+
+
+@functools.cache
+def whole_waves(m: int, n: int, k: int) -> int:
+    """How many of ``n`` outputs fill whole waves of cuBLAS's tiles, where computing the rest apart is faster; else 0.
+
+    Known for the batch sizes of captured decode steps and tuned shapes (``benchmarks/gpu_split.py``).
+    """
+    found = tuned.lookup("linear", f"split/{n}x{k}/m{m}")
+    return 0 if found is None else found["columns"]
+
+
+def _in_two(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, cut: int) -> Tensor:
+    for part in (slice(0, cut), slice(cut, None)):
+        if bias is None:
+            torch.mm(x, weight[part].t(), out=out[:, part])
+        else:
+            torch.addmm(bias[part], x, weight[part].t(), out=out[:, part])
+    return out
 
 
 def _new(x: Tensor, n: int) -> Tensor:

@@ -21,10 +21,21 @@ _PEER_BYTES = 8 * 2**20  # beyond it NCCL's rings win
 
 
 class TorchGroup:
-    """All ranks of one engine. Every rank makes its calls in the same order."""
+    """The ranks that share a stage's layers: all ranks of an engine without pipeline stages.
 
-    def __init__(self, rank: int, size: int, init_method: str, device: torch.device, peer_memory: bool):
-        self.rank = rank
+    ``rank`` counts over all stages, ``size`` ranks a stage. Every rank makes its calls in the same order.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        init_method: str,
+        device: torch.device,
+        peer_memory: bool,
+        num_stages: int = 1,
+    ):
+        self.rank = rank % size
         self.size = size
         self.device = device
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -33,13 +44,20 @@ class TorchGroup:
             backend,
             init_method=init_method,
             rank=rank,
-            world_size=size,
+            world_size=size * num_stages,
             timeout=timedelta(minutes=10),
             device_id=device if device.type == "cuda" else None,
         )
-        self._name: str = dist.group.WORLD.group_name
+        self._group: Any = dist.group.WORLD
+        for stage in range(
+            num_stages if num_stages > 1 else 0
+        ):  # every rank takes part in making every group
+            group = dist.new_group(list(range(stage * size, (stage + 1) * size)))
+            if stage == rank // size:
+                self._group = group
+        self._name: str = self._group.group_name
         self._peer: Tensor | None = None
-        if peer_memory and device.type == "cuda":
+        if peer_memory and device.type == "cuda" and size > 1:
             self._peer = self._peer_buffer()
 
     def _peer_buffer(self) -> Tensor | None:
@@ -57,9 +75,11 @@ class TorchGroup:
             return None
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        if self.size == 1:
+            return x
         num_bytes = x.numel() * x.element_size()
         if self._peer is None or num_bytes > _PEER_BYTES or num_bytes % 16:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self._group)
             return x
         shared = self._peer.view(torch.uint8)[:num_bytes].view(x.dtype).view(x.shape)
         shared.copy_(x)
@@ -72,10 +92,11 @@ class TorchGroup:
         gathered = torch.empty(self.size * x.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
         # torch 2.13 has renamed it
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(gathered, x.contiguous())
+        gather(gathered, x.contiguous(), group=self._group)
         return gathered.view(self.size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1)
 
     def smallest(self, value: int) -> int:
+        """The smallest over all ranks of all stages."""
         tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor.item())

@@ -1,8 +1,12 @@
-"""One worker process a device. Rank 0 is the engine core's own; the others follow it plan by plan."""
+"""One worker process a device. Rank 0 is the engine core's own; the others follow it plan by plan.
+
+Ranks count through the first stage of the pipeline, then through the next: rank = stage * tensor_parallel_size + place.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -19,15 +23,22 @@ import zmq
 from kubeinfer.distributed.executor import CacheSpec, Executor
 from kubeinfer.errors import EngineDeadError, OptionError
 from kubeinfer.layers.linear import check_divisible
+from kubeinfer.layers.parallel import Stage
 
 if TYPE_CHECKING:
     from kubeinfer.engine.plan import StepPlan, StepResult
     from kubeinfer.model_config import ModelConfig
     from kubeinfer.options import EngineOptions
 
+logger = logging.getLogger(__name__)
+_RESULT_POLL_MS = 200
+
 
 class MultiProcessExecutor(Executor):
-    """Sends every plan to all ranks; results are rank 0's. A rank that dies ends the engine with its reason."""
+    """Sends every plan to all ranks; results come from the first rank of the last stage, which may be this process's.
+
+    A rank that dies ends the engine with its reason.
+    """
 
     def __init__(
         self,
@@ -36,13 +47,9 @@ class MultiProcessExecutor(Executor):
         model_config: ModelConfig,
         limits: tuple[int, int],
     ):
-        if options.pipeline_parallel_size > 1:
-            raise OptionError(
-                "pipeline_parallel_size is not supported yet; use --tensor-parallel-size.",
-                "pipeline_parallel_size",
-            )
-        self.size = options.tensor_parallel_size
-        _check_devices(options, self.size)
+        self.size, self.num_stages = options.tensor_parallel_size, options.pipeline_parallel_size
+        _check_devices(options, self.size, self.num_stages)
+        _check_stages(model_config.num_layers, self.num_stages)
         check_divisible(model_config.num_heads, self.size, "attention heads")
         self._worker_class, self._options, self._model_config, self._limits = (
             worker_class,
@@ -51,12 +58,15 @@ class MultiProcessExecutor(Executor):
             limits,
         )
         overlap = options.async_scheduling
-        self.depth = 2 if ((options.device == "cuda") if overlap is None else overlap) else 1
+        # One step for each stage, and one more planned ahead where steps overlap.
+        self.depth = self.num_stages + ((options.device == "cuda") if overlap is None else overlap)
         self._folder = tempfile.mkdtemp(prefix="kubeinfer-ranks-")
         self._context = zmq.Context()
         self._encoder = msgspec.msgpack.Encoder()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[zmq.Socket[bytes]] = []
+        self._results: zmq.Socket[bytes] | None = None  # from the last stage, where that is not this process
+        self._decoder: msgspec.msgpack.Decoder[StepResult] | None = None
         self._worker: Any = None
         self._pending: deque[Any] = deque()
         self._closing = False
@@ -65,18 +75,35 @@ class MultiProcessExecutor(Executor):
         import torch
 
         from kubeinfer.distributed.collectives import TorchGroup
+        from kubeinfer.distributed.pipeline import Pipeline
+        from kubeinfer.engine.plan import StepResult
 
         init_method = f"file://{self._folder}/rendezvous"
-        for rank in range(1, self.size):
+        if self.num_stages > 1:
+            self._results = self._context.socket(zmq.PULL)
+            self._results.set_hwm(0)
+            self._results.bind(self._results_address)
+            self._decoder = msgspec.msgpack.Decoder(StepResult)
+            total = self._model_config.num_layers
+            ranges = [Stage(i, self.num_stages).layers(total) for i in range(self.num_stages)]
+            logger.info("pipeline: layers %s", ", ".join(f"{r.start}-{r.stop - 1}" for r in ranges))
+        for rank in range(1, self.size * self.num_stages):
             self._start_rank(rank, init_method)
         threading.Thread(target=self._watch, name="kubeinfer-ranks", daemon=True).start()
         device = torch.device("cuda", 0) if self._options.device == "cuda" else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        group = TorchGroup(0, self.size, init_method, device, not self._options.disable_custom_all_reduce)
-        self._worker = self._worker_class(self._options, self._model_config, *self._limits, group)
+        group = TorchGroup(
+            0, self.size, init_method, device, not self._options.disable_custom_all_reduce, self.num_stages
+        )
+        pipeline = Pipeline(0, self.size, self.num_stages, device) if self.num_stages > 1 else None
+        self._worker = self._worker_class(self._options, self._model_config, *self._limits, group, pipeline)
         spec: CacheSpec = self._worker.start()
         return spec
+
+    @property
+    def _results_address(self) -> str:
+        return f"ipc://{self._folder}/results"
 
     def _start_rank(self, rank: int, init_method: str) -> None:
         address = f"ipc://{self._folder}/rank{rank}"
@@ -94,9 +121,10 @@ class MultiProcessExecutor(Executor):
             raise RuntimeError("a worker process has no standard input")
         config = {
             "rank": rank,
-            "size": self.size,
             "init_method": init_method,
             "plans": address,
+            # of the ranks of the last stage, which all sample the same, the first reports
+            "results": self._results_address if rank == (self.num_stages - 1) * self.size else None,
             "worker": f"{self._worker_class.__module__}:{self._worker_class.__qualname__}",
             "options": {**self._options.model_dump(exclude_unset=True), "dtype": self._model_config.dtype},
             "limits": self._limits,
@@ -135,24 +163,37 @@ class MultiProcessExecutor(Executor):
             raise
 
     def collect(self) -> StepResult:
+        pending = self._pending.popleft()
+        if self._results is not None:
+            return self._receive_result(self._results)
         try:
-            result: StepResult = self._pending.popleft().wait()
+            result: StepResult = pending.wait()
         except RuntimeError as exc:
             self._raise_rank_death(exc)
             raise
         return result
 
+    def _receive_result(self, socket: zmq.Socket[bytes]) -> StepResult:
+        while not socket.poll(_RESULT_POLL_MS):
+            self._raise_dead_rank(None)
+        if self._decoder is None:
+            raise RuntimeError("the executor was not started")
+        return self._decoder.decode(socket.recv())
+
     def _raise_rank_death(self, cause: RuntimeError) -> None:
         """A collective fails when a peer is gone: say which and why, if one is."""
         deadline = time.monotonic() + 2
         while time.monotonic() < deadline:
-            for rank, process in enumerate(self._processes, start=1):
-                code = process.poll()
-                if code is not None:
-                    reason = self._reason(rank, code)
-                    self._closing = True  # the watching thread need not say it again
-                    raise EngineDeadError(reason) from cause
+            self._raise_dead_rank(cause)
             time.sleep(0.05)
+
+    def _raise_dead_rank(self, cause: RuntimeError | None) -> None:
+        for rank, process in enumerate(self._processes, start=1):
+            code = process.poll()
+            if code is not None:
+                reason = self._reason(rank, code)
+                self._closing = True  # the watching thread need not say it again
+                raise EngineDeadError(reason) from cause
 
     def shutdown(self) -> None:
         self._closing = True
@@ -188,11 +229,27 @@ def _die(reason: str) -> None:
     os._exit(1)
 
 
-def _check_devices(options: EngineOptions, size: int) -> None:
+def _check_stages(num_layers: int, num_stages: int) -> None:
+    if num_stages > num_layers:
+        raise OptionError(
+            f"pipeline_parallel_size {num_stages} is more than the model's {num_layers} layers; lower "
+            "--pipeline-parallel-size.",
+            "pipeline_parallel_size",
+        )
+
+
+def _check_devices(options: EngineOptions, size: int, num_stages: int) -> None:
     if options.device == "cuda":
         import torch
 
         count = torch.cuda.device_count()
+        if num_stages > 1 and size * num_stages > count:
+            raise OptionError(
+                f"pipeline_parallel_size {num_stages} x tensor_parallel_size {size} needs {size * num_stages} GPUs, but "
+                f"this machine has {count}; lower --pipeline-parallel-size or --tensor-parallel-size, or give the pod "
+                "more GPUs.",
+                "pipeline_parallel_size",
+            )
         if size > count:
             raise OptionError(
                 f"tensor_parallel_size {size} needs {size} GPUs, but this machine has {count}; lower "

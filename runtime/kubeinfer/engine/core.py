@@ -41,6 +41,8 @@ class EngineCore:
                 long_prefill_token_threshold=options.long_prefill_token_threshold,
                 enable_chunked_prefill=options.enable_chunked_prefill,
                 policy=options.scheduling_policy,
+                num_stages=options.pipeline_parallel_size,
+                wait_for_tokens=executor.depth <= options.pipeline_parallel_size,
             ),
             kv_cache,
         )

@@ -58,12 +58,13 @@ def resolve_defaults(options: EngineOptions) -> EngineOptions:
         )
     if options.runner == "pooling" or options.convert not in ("auto", "none"):
         raise OptionError("pooling models (--runner pooling, --convert) are not supported yet.", "runner")
-    if options.distributed_executor_backend == "uni" and options.tensor_parallel_size > 1:
-        raise OptionError(
-            f"distributed_executor_backend uni is one process, but tensor_parallel_size {options.tensor_parallel_size} "
-            "needs one a device; use mp.",
-            "distributed_executor_backend",
-        )
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if options.distributed_executor_backend == "uni" and getattr(options, name) > 1:
+            raise OptionError(
+                f"distributed_executor_backend uni is one process, but {name} {getattr(options, name)} needs one a "
+                "device; use mp.",
+                "distributed_executor_backend",
+            )
     for name, why in _NO_EFFECT[device].items():
         if getattr(options, name) != EngineOptions.model_fields[name].default:
             logger.warning("%s has no effect: %s", name, why)

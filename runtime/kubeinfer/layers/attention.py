@@ -32,7 +32,7 @@ class StepContext:
     num_decodes: int
     kv_caches: list[Tensor] = field(
         default_factory=list
-    )  # a layer each: [2, blocks, kv heads, block_size, head_dim]
+    )  # one for each layer of this stage: [2, blocks, kv heads, block_size, head_dim]
     workspace: DecodeWorkspace | None = None
     prefill_kv_tokens: int | None = None  # sum of seq_lens after the decodes, where the host knows it
 
@@ -53,7 +53,7 @@ class SelfAttention:
         qk_norm: bool = False,
         out_name: str = "o_proj",
     ):
-        self.layer = layer
+        self.cache_index = layer - store.stage.layers(config.num_layers).start
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.window = config.layer_windows[layer]
@@ -92,7 +92,7 @@ class SelfAttention:
         tokens = projected.shape[0]
         qkv = projected.view(tokens, -1, self.head_dim)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        cache = step.kv_caches[self.layer]
+        cache = step.kv_caches[self.cache_index]
         rope_and_cache(
             q, k, v, step.positions, self.cos_sin, step.slot_mapping, cache,
             q_norm_weight=self.q_norm.weight if self.q_norm else None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kubeinfer.errors import ModelLoadError
-from kubeinfer.layers.parallel import Group
+from kubeinfer.layers.parallel import Group, Stage
 
 # Buffers that some exporters save and no layer reads.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias_mask", "rope_freqs.weight")
@@ -49,10 +49,11 @@ class Slot:
 class ParameterStore:
     """Makes a model's tensors on ``device`` in ``dtype`` and fills them from a checkpoint."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, group: Group):
+    def __init__(self, device: torch.device, dtype: torch.dtype, group: Group, stage: Stage | None = None):
         self.device = device
         self.dtype = dtype
         self.group = group
+        self.stage = stage or Stage()
         self.slots: dict[str, list[Slot]] = {}
         self.tensors: list[Tensor] = []
         self.num_bytes = 0

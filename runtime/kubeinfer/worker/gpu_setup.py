@@ -10,6 +10,7 @@ from torch import Tensor
 from kubeinfer.kernels import sampling
 from kubeinfer.kernels.attention import decode_workspace
 from kubeinfer.layers.attention import StepContext
+from kubeinfer.layers.parallel import Stage
 from kubeinfer.options import EngineOptions
 from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
 from kubeinfer.worker.mixed_graph import MixedGraphs
@@ -50,7 +51,7 @@ def dummy_step(
 
 @torch.inference_mode()
 def profile_largest_step(
-    model: Any, page: list[Tensor], block_size: int, max_tokens: int, max_num_seqs: int
+    model: Any, page: list[Tensor], block_size: int, max_tokens: int, max_num_seqs: int, stage: Stage
 ) -> int:
     """Bytes that the largest step needs beside weights and cache: one is run, on a cache of one page."""
     tokens = min(max_tokens, _MOST_PROFILED_TOKENS)
@@ -58,13 +59,23 @@ def profile_largest_step(
     device = ids.device
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    hidden = model.forward(ids, step)
-    logits = model.logits(hidden[:max_num_seqs])
-    del hidden, logits
+    _forward(model, ids, step, stage, max_num_seqs)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
-    return int(peak)
+    # Hidden states on their way to or from the stages beside this one, a step's in each.
+    on_the_way = 0 if stage.count == 1 else (stage.count + 1) * max_tokens * model.config.hidden_size * 4
+    return int(peak) + on_the_way
+
+
+def _forward(model: Any, ids: Tensor, step: StepContext, stage: Stage, rows: int) -> None:
+    """This stage's part of a step that makes logits of the first ``rows`` tokens; the results are dropped."""
+    config = model.config
+    dtype = getattr(torch, config.dtype)
+    inputs = ids if stage.first else torch.zeros(len(ids), config.hidden_size, dtype=dtype, device=ids.device)
+    hidden = model.forward(inputs, step)
+    if stage.last:
+        model.logits(hidden[:rows])
 
 
 @torch.inference_mode()
@@ -78,10 +89,11 @@ def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int) ->
     if not options.enforce_eager:
         graphs = DecodeGraphs(
             model, tables, runner.kv_caches, runner.workspace, runner.block_size, config.vocab_size, dtype,
-            capture_sizes(max_rows, options.cudagraph_capture_sizes),
+            capture_sizes(max_rows, options.cudagraph_capture_sizes), runner.stage,
         )  # fmt: skip
         pool = graphs.capture()
         runner.graphs = graphs
+    if not options.enforce_eager and runner.pipeline is None:  # a pipeline's steps with prompts run eagerly
         mixed = MixedGraphs(
             model, tables, runner.kv_caches, runner.workspace, config.vocab_size, dtype, runner.block_size,
             max_rows, max_tokens,
@@ -98,8 +110,11 @@ def warm_up(runner: ModelRunner, max_tokens: int) -> None:
         chunks = [min(17, max(2, (max_tokens - count) // count))] * count
         if count + sum(chunks) <= max_tokens:
             ids, step = dummy_step(runner.kv_caches, runner.block_size, count, chunks, runner.workspace)
-            runner.model.logits(runner.model.forward(ids, step)[:count])
+            _forward(runner.model, ids, step, runner.stage, count)
         count *= 2
+    if not runner.stage.last:
+        torch.cuda.synchronize(runner.device)
+        return
     logits = torch.zeros(2, runner.model.config.vocab_size, dtype=runner.dtype, device=runner.device)
     ones = torch.ones(2, dtype=torch.float32, device=runner.device)
     longs = torch.ones(2, dtype=torch.int64, device=runner.device)

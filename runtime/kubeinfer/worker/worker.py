@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kubeinfer.distributed.executor import CacheSpec
+from kubeinfer.distributed.pipeline import Pipeline
 from kubeinfer.engine.plan import StepPlan
 from kubeinfer.errors import ModelLoadError
-from kubeinfer.layers.parallel import Group, SingleGroup
+from kubeinfer.layers.parallel import Group, SingleGroup, Stage
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.model_config import ModelConfig
 from kubeinfer.models.registry import model_class
@@ -35,14 +36,19 @@ class Worker:
         max_num_seqs: int,
         max_tokens: int,
         group: Group | None = None,
+        pipeline: Pipeline | None = None,
     ):
         self.options = options
         self.model_config = model_config
         self.max_num_seqs = max_num_seqs
         self.max_tokens = max_tokens
         self.group: Group = group or SingleGroup()
+        self.pipeline = pipeline
+        self.stage = pipeline.stage if pipeline is not None else Stage()
+        self.num_layers = len(self.stage.layers(model_config.num_layers))
         self.is_gpu = options.device == "cuda"
-        self.device = torch.device("cuda", self.group.rank) if self.is_gpu else torch.device("cpu")
+        index = self.stage.index * self.group.size + self.group.rank
+        self.device = torch.device("cuda", index) if self.is_gpu else torch.device("cpu")
         self.dtype: torch.dtype = getattr(torch, model_config.dtype)
         self.cache_dtype = self.dtype
         self.runner: ModelRunner | None = None
@@ -54,7 +60,8 @@ class Worker:
         if self.is_gpu:
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(usable_cpus())
+            ranks = self.options.tensor_parallel_size * self.options.pipeline_parallel_size
+            torch.set_num_threads(max(1, usable_cpus() // ranks))
         model, store = self._load_model()
         seconds["weights"] = round(time.perf_counter() - began, 3)
         began = time.perf_counter()
@@ -63,9 +70,7 @@ class Worker:
         fp8 = self.options.kv_cache_dtype != "auto"
         self.cache_dtype = torch.float8_e4m3fn if fp8 else self.dtype
         itemsize = self.cache_dtype.itemsize
-        per_block = block_bytes(
-            self.model_config, block_size, itemsize, kv_heads, self.model_config.num_layers
-        )
+        per_block = block_bytes(self.model_config, block_size, itemsize, kv_heads, self.num_layers)
         if self.is_gpu:
             peak = profile_largest_step(
                 model,
@@ -73,6 +78,7 @@ class Worker:
                 block_size,
                 self.max_tokens,
                 self.max_num_seqs,
+                self.stage,
             )
             seconds["profile"] = round(time.perf_counter() - began, 3)
             began = time.perf_counter()
@@ -84,7 +90,9 @@ class Worker:
         num_blocks = self.group.smallest(num_blocks)
         kv_caches = self._make_kv_caches(num_blocks, kv_heads, block_size)
         max_blocks = -(-min(self.model_config.max_model_len, (num_blocks - 1) * block_size) // block_size)
-        self.runner = ModelRunner(model, kv_caches, block_size, self.max_num_seqs, max_blocks, self.device)
+        self.runner = ModelRunner(
+            model, kv_caches, block_size, self.max_num_seqs, max_blocks, self.device, self.pipeline
+        )
         seconds["kv_cache"] = round(time.perf_counter() - began, 3)
         if self.is_gpu:
             began = time.perf_counter()
@@ -94,16 +102,21 @@ class Worker:
 
     def _load_model(self) -> tuple[Any, ParameterStore]:
         config = self.model_config
-        store = ParameterStore(self.device, self.dtype, self.group)
+        store = ParameterStore(self.device, self.dtype, self.group, self.stage)
         model = model_class(config.architecture)(config, store)
         if self.options.load_format == "dummy":
             store.fill_random(self.options.seed)
         else:
             from kubeinfer.weights.readers import iterate_tensors
 
+            elsewhere: tuple[str, ...] = model.weights_elsewhere
+
+            def wanted(name: str) -> bool:
+                return not name.startswith(elsewhere) and not f"model.{name}".startswith(elsewhere)
+
             try:
                 store.load(
-                    iterate_tensors(config.path, self.options.load_format, dtype=self.dtype),
+                    iterate_tensors(config.path, self.options.load_format, wanted, self.dtype),
                     model.optional_weights,
                 )
             except ModelLoadError as exc:
@@ -116,8 +129,7 @@ class Worker:
         shape = (2, num_blocks, kv_heads, block_size, self.model_config.head_dim)
         # Not zeroed: a page is written before it is read, and untouched pages of host memory cost nothing.
         return [
-            torch.empty(shape, dtype=self.cache_dtype, device=self.device)
-            for _ in range(self.model_config.num_layers)
+            torch.empty(shape, dtype=self.cache_dtype, device=self.device) for _ in range(self.num_layers)
         ]
 
     def execute(self, plan: StepPlan) -> PendingResult:

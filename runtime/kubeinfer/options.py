@@ -191,7 +191,7 @@ class ParallelOptions(_Options):
     pipeline_parallel_size: int = Field(
         1,
         ge=1,
-        description="Groups of GPUs the layers are spread over.",
+        description="Stages the layers are spread over, each of tensor_parallel_size GPUs.",
         json_schema_extra=_extra(short="pp"),
     )
     distributed_executor_backend: Literal["mp", "ray", "uni"] | None = Field(

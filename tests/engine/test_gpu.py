@@ -167,6 +167,33 @@ def test_tensor_parallel_tokens_equal_one_gpus(name: str, size: int) -> None:
     many.shutdown()
 
 
+@pytest.mark.parametrize(("stages", "size"), [(2, 1), (3, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("name", ["qwen2-sliding", "llama-tied", "opt"])
+def test_pipeline_parallel_tokens_equal_one_gpus(name: str, stages: int, size: int) -> None:
+    """Graphs and eager steps, greedy and sampled, chunks and a small cache; three layers cannot be four stages."""
+    import torch
+
+    if torch.cuda.device_count() < stages * size:
+        pytest.skip(f"needs {stages * size} GPUs")
+    if stages == 4 and name != "qwen2-sliding":
+        pytest.skip("has three layers")
+    path = str(tiny_model(name))
+    prompts = random_prompts(6, 24)
+    sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.2}
+    one = make(path, "cuda", max_num_seqs=16)
+    expected, sampled = generate(one, prompts, 16), generate(one, prompts, 16, **sampling)
+    one.shutdown()
+    small = {"max_num_batched_tokens": 32, "num_gpu_blocks_override": 30, "max_model_len": 128}
+    for options in ({}, {"enforce_eager": True, "async_scheduling": False}, small):
+        many = make(
+            path, "cuda", max_num_seqs=16, pipeline_parallel_size=stages, tensor_parallel_size=size, **options
+        )
+        assert generate(many, prompts, 16) == expected, options
+        assert generate(many, prompts, 16, **sampling) == sampled, options
+        many.core.check_integrity()
+        many.shutdown()
+
+
 def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path) -> None:
     """Fused few-token kernels against the path of whole prompts: the same tokens score the same either way."""
     config = {

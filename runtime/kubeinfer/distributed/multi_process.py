@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -70,6 +71,8 @@ class MultiProcessExecutor(Executor):
         self._worker: Any = None
         self._pending: deque[Any] = deque()
         self._closing = False
+        self._lock = threading.Lock()
+        self._cause: str | None = None  # why a rank died
 
     def start(self) -> CacheSpec:
         import torch
@@ -137,19 +140,38 @@ class MultiProcessExecutor(Executor):
     def _watch(self) -> None:
         """End this process when a rank dies: its peers wait for it in a collective and would wait for ever."""
         while not self._closing:
-            for rank, process in enumerate(self._processes, start=1):
-                code = process.poll()
-                if code is not None and not self._closing:
-                    reason = self._reason(rank, code)
-                    _die(reason)
+            reason = self._death()
+            if reason is not None and not self._closing:
+                _die(reason)
             time.sleep(0.2)
 
-    def _reason(self, rank: int, code: int) -> str:
+    def _death(self) -> str | None:
+        """Why a rank died, if one did, and the end of all: of several dead the first, which took the others with it."""
+        with self._lock:
+            if self._cause is None:
+                self._cause = self._find_death()
+            return self._cause
+
+    def _find_death(self) -> str | None:
+        dead = [(rank, p.poll()) for rank, p in enumerate(self._processes, start=1) if p.poll() is not None]
+        if not dead:
+            return None
+
+        def when(rank: int) -> float:
+            try:
+                return os.stat(f"{self._folder}/rank{rank}.reason").st_mtime
+            except OSError:
+                return 0.0  # killed before it could say why
+
+        rank, code = min(dead, key=lambda d: when(d[0]))
         try:
             with open(f"{self._folder}/rank{rank}.reason", encoding="utf-8") as file:
                 text = file.read().strip()
         except OSError:
             text = ""
+        for process in self._processes:  # so that the reason is the last line that anyone prints
+            process.kill()
+            process.wait()
         return f"the worker of rank {rank} died: {text or f'exit status {code}'}"
 
     def submit(self, plan: StepPlan) -> None:
@@ -188,19 +210,25 @@ class MultiProcessExecutor(Executor):
             time.sleep(0.05)
 
     def _raise_dead_rank(self, cause: RuntimeError | None) -> None:
-        for rank, process in enumerate(self._processes, start=1):
-            code = process.poll()
-            if code is not None:
-                reason = self._reason(rank, code)
-                self._closing = True  # the watching thread need not say it again
-                raise EngineDeadError(reason) from cause
+        reason = self._death()
+        if reason is not None:
+            self._closing = True  # the watching thread need not say it again
+            raise EngineDeadError(reason) from cause
 
     def shutdown(self) -> None:
         self._closing = True
         if self._context.closed:
             return
+        try:  # ranks part with nothing on its way between them, unless one is gone already
+            if self._worker is not None and self._death() is None:
+                while self._pending:
+                    self.collect()
+                self._worker.shutdown()
+        except (RuntimeError, EngineDeadError):
+            logger.debug("a step in flight failed at shutdown", exc_info=True)
         for socket in self._sockets:
-            socket.send(b"")  # an empty frame ends a worker
+            with suppress(zmq.Again):  # a rank that is gone takes no message
+                socket.send(b"", zmq.NOBLOCK)  # an empty frame ends a worker
         for process in self._processes:
             try:
                 process.wait(timeout=5)
@@ -208,8 +236,8 @@ class MultiProcessExecutor(Executor):
                 process.kill()
                 process.wait()
         if self._worker is not None:
-            self._worker.shutdown()
             self._worker.group.close()
+            self._worker = None
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -8,6 +8,7 @@ stages: Huang et al. 2019, "GPipe".)
 from __future__ import annotations
 
 from collections import deque
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kubeinfer.layers.parallel import Stage
+
+PARTING_TIME = timedelta(seconds=5)  # a message that has not arrived by then never will
 
 
 class Pipeline:
@@ -74,6 +77,11 @@ class Pipeline:
         """On the first stage: where a step's tokens will be, int64 ``[count]``, and the handle to wait on before use."""
         tokens = torch.empty(count, dtype=torch.int64, device=self.device)
         return tokens, dist.irecv(tokens, self._last, group=self._tokens)
+
+    def close(self) -> None:
+        """Wait until what was sent has arrived."""
+        while self._sent:
+            self._sent.popleft()[0].wait(PARTING_TIME)
 
     def _keep(self, work: Any, tensor: Tensor) -> None:
         sent = self._sent

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -102,7 +103,8 @@ def _run(config: dict[str, Any]) -> None:
         # All ranks of a stage sample the same tokens from the same gathered logits: one of them reports.
         if reporter is not None:
             reporter.put(pending)
-    worker.shutdown()
+    with suppress(RuntimeError):  # peers may be gone before the last message to them was
+        worker.shutdown()
     os._exit(0)  # a collective that a dead peer left open must not keep this process
 
 

@@ -70,9 +70,15 @@ class ParameterStore:
         """Checkpoint tensor ``name`` (or its slice along ``dim``) belongs in ``into``."""
         self.slots.setdefault(name, []).append(Slot(into, dim, start, length))
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], optional: frozenset[str] = frozenset()) -> None:
+    def load(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        optional: frozenset[str] = frozenset(),
+        elsewhere: tuple[str, ...] = (),
+    ) -> None:
         """Copy every tensor to its place. ``optional`` names may be there or not (a tied head's copy).
 
+        Names that begin like one of ``elsewhere`` are other stages'.
         Raises :class:`ModelLoadError` naming what is left over or missing.
         """
         left_over = []
@@ -80,7 +86,7 @@ class ParameterStore:
             # A checkpoint saved from the model without its head lacks the prefix (facebook/opt-125m).
             slots = self.slots.get(name) or self.slots.get(f"model.{name}")
             if slots is None:
-                if name not in optional and not name.endswith(_IGNORED_ENDINGS):
+                if not (name in optional or name.endswith(_IGNORED_ENDINGS) or belongs(name, elsewhere)):
                     left_over.append(name)
                 continue
             for slot in slots:
@@ -108,6 +114,11 @@ class ParameterStore:
                 tensor.fill_(1.0)
             else:
                 tensor.normal_(0.0, 0.02, generator=generator)
+
+
+def belongs(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether checkpoint tensor ``name`` begins like one of ``prefixes``, which are written with ``model.``."""
+    return name.startswith(prefixes) or f"model.{name}".startswith(prefixes)
 
 
 def _some(names: list[str], most: int = 5) -> str:

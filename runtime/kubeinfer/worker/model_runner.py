@@ -275,6 +275,13 @@ class ModelRunner:
             offset += length
         return done or None
 
+    def close(self) -> None:
+        """Wait until nothing of this rank's is on its way to or from another stage."""
+        if self._returned is not None:
+            self._returned.close()
+        if self.pipeline is not None:
+            self.pipeline.close()
+
     def _upload(self, arrays: dict[str, NDArray[np.int32]]) -> dict[str, Tensor]:
         """int32 arrays as tensors on the device, in one transfer."""
         if self.device.type == "cpu":

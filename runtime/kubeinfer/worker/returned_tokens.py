@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kubeinfer.distributed.pipeline import Pipeline
+from kubeinfer.distributed.pipeline import PARTING_TIME, Pipeline
 from kubeinfer.engine.plan import StepPlan
 from kubeinfer.worker.tables import RowTables
 
@@ -43,10 +43,18 @@ class ReturnedTokens:
         for count, (sampled, _, _) in enumerate(self._steps, start=1):
             if np.isin(sampled, decoding).any():
                 needed = count
-        for _ in range(max(needed, len(self._steps) - self._most)):
+        self._store(max(needed, len(self._steps) - self._most))
+
+    def _store(self, count: int) -> None:
+        for _ in range(count):
             sampled, tokens, handle = self._steps.popleft()
             handle.wait()
             where = torch.from_numpy(sampled).long()
             if tokens.is_cuda:
                 where = where.pin_memory().to(tokens.device, non_blocking=True)
             self._tables.last_tokens[where] = tokens
+
+    def close(self) -> None:
+        """Wait until every token that was asked for has come."""
+        while self._steps:
+            self._steps.popleft()[2].wait(PARTING_TIME)

@@ -15,7 +15,7 @@ from kubeinfer.distributed.pipeline import Pipeline
 from kubeinfer.engine.plan import StepPlan
 from kubeinfer.errors import ModelLoadError
 from kubeinfer.layers.parallel import Group, SingleGroup, Stage
-from kubeinfer.layers.parameters import ParameterStore
+from kubeinfer.layers.parameters import ParameterStore, belongs
 from kubeinfer.model_config import ModelConfig
 from kubeinfer.models.registry import model_class
 from kubeinfer.options import EngineOptions
@@ -112,7 +112,7 @@ class Worker:
             elsewhere: tuple[str, ...] = model.weights_elsewhere
 
             def wanted(name: str) -> bool:
-                return not name.startswith(elsewhere) and not f"model.{name}".startswith(elsewhere)
+                return not belongs(name, elsewhere)
 
             try:
                 store.load(
@@ -138,4 +138,6 @@ class Worker:
         return self.runner.execute(plan)
 
     def shutdown(self) -> None:
+        if self.runner is not None:
+            self.runner.close()
         self.runner = None

@@ -7,6 +7,7 @@ stages: Huang et al. 2019, "GPipe".)
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,8 @@ class Pipeline:
 
     def __init__(self, rank: int, size: int, num_stages: int, device: torch.device):
         """``rank`` of ``size * num_stages``; the default process group is there already."""
+        # NCCL's warning that messages of one group wait for each other: that is why each link has a group of its own.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         self.stage = Stage(rank // size, num_stages)
         self.device = device
         self._next, self._previous = rank + size, rank - size

@@ -111,6 +111,14 @@ def test_stages_give_the_tokens_of_one_process(name: str, values: dict[str, Any]
         assert greedy(client) == alone(name)
 
 
+def test_bfloat16_stages_give_the_tokens_of_one_process() -> None:
+    """The layers as one call into the C library, where this processor has it; stages hand on what it keeps itself."""
+    with engine("llama", dtype="bfloat16") as client:
+        expected = greedy(client)
+    with engine("llama", dtype="bfloat16", pipeline_parallel_size=2) as client:
+        assert greedy(client) == expected
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_chunks_preemption_and_prefix_hits_change_no_token(overlap: bool) -> None:
     with engine("qwen2-sliding", pipeline_parallel_size=2, async_scheduling=overlap, **SMALL) as client:

@@ -34,6 +34,7 @@ class StepContext:
         default_factory=list
     )  # one for each layer of this stage: [2, blocks, kv heads, block_size, head_dim]
     workspace: DecodeWorkspace | None = None
+    wanted: Tensor | None = None  # int32 [N]: tokens whose final states are asked for; None: all
     prefill_kv_tokens: int | None = None  # sum of seq_lens after the decodes, where the host knows it
 
 
@@ -81,7 +82,11 @@ class SelfAttention:
 
     def __call__(self, hidden: Tensor, step: StepContext) -> Tensor:
         """``hidden [T, H]`` -> ``[T, H]``; this step's keys and values are written to the cache."""
-        return self.out(self._attend(self.qkv(hidden), step))
+        return self.out(self.attend(hidden, step))
+
+    def attend(self, hidden: Tensor, step: StepContext) -> Tensor:
+        """All but the output projection: ``[T, H]`` -> ``[T, Hq D]``."""
+        return self._attend(self.qkv(hidden), step)
 
     def add_to(self, residual: Tensor, norm: RMSNorm, step: StepContext) -> Tensor:
         """``residual += self(norm(residual))`` in place; a group of one rank only."""

@@ -17,20 +17,20 @@ class Linear:
     def __init__(self, store: ParameterStore, out_features: int, in_features: int, bias: bool):
         self.weight = store.empty(out_features, in_features)
         self.bias = store.empty(out_features) if bias else None
-        self._packed: PackedWeight | None = None
+        self.packed: PackedWeight | None = None
 
     def finish_loading(self) -> None:
         """Put the weight into the form its kernel reads fastest."""
-        self._packed = pack_weight(self.weight)
-        if self._packed is not None:
+        self.packed = pack_weight(self.weight)
+        if self.packed is not None:
             self.weight = self.weight.new_empty(0)  # only the packed form is kept
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self._packed)
+        return linear(x, self.weight, self.bias, self.packed)
 
     def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """This layer of ``norm(x)``."""
-        return norm_linear(x, norm.weight, norm.eps, self.weight, self.bias, self._packed)
+        return norm_linear(x, norm.weight, norm.eps, self.weight, self.bias, self.packed)
 
 
 class ReplicatedLinear(Linear):
@@ -71,10 +71,10 @@ class GatedLinear(ColumnLinear):
         super().__init__(store, [gate, up], [out_features, out_features], in_features, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return gated_linear(x, self.weight, self.bias, self._packed)
+        return gated_linear(x, self.weight, self.bias, self.packed)
 
     def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        return gated_linear(x, self.weight, self.bias, self._packed, norm.weight, norm.eps)
+        return gated_linear(x, self.weight, self.bias, self.packed, norm.weight, norm.eps)
 
 
 class QKVLinear(Linear):
@@ -127,11 +127,11 @@ class RowLinear(Linear):
         super().finish_loading()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.group.all_reduce(linear(x, self.weight, self.bias, self._packed))
+        return self.group.all_reduce(linear(x, self.weight, self.bias, self.packed))
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """``residual += self(x)`` in place; a group of one rank only."""
-        return add_linear(residual, x, self.weight, self.bias, self._packed)
+        return add_linear(residual, x, self.weight, self.bias, self.packed)
 
 
 def check_divisible(total: int, parts: int, what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kubeinfer.kernels.cpu.decoder import DecoderShape, DecoderStack, LayerWeights, decoder_stack
 from kubeinfer.kernels.linear import few_rows
 from kubeinfer.layers.attention import SelfAttention, StepContext
 from kubeinfer.layers.embedding import VocabEmbedding
@@ -39,6 +40,32 @@ class DecoderLayer:
         hidden, residual = self.mlp_norm(self.attention(hidden, step), residual)
         return self.mlp(hidden), residual
 
+    def finish(
+        self, hidden: Tensor, residual: Tensor | None, wanted: Tensor, step: StepContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the last layer: all tokens' keys and values, but only the ``wanted`` tokens' states ``[N, H]``."""
+        hidden, residual = self.input_norm(hidden, residual)
+        attended = self.attention.attend(hidden, step)
+        if not wanted.shape[0]:
+            return hidden[:0], residual
+        attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
+        hidden, residual = self.mlp_norm(self.attention.out(attended), residual)
+        return self.mlp(hidden), residual
+
+    def weights(self) -> LayerWeights | None:
+        """What the CPU's stack of layers reads, where every product is packed."""
+        attention, mlp = self.attention, self.mlp
+        packed = [linear.packed for linear in (attention.qkv, attention.out, mlp.gate_up, mlp.down)]
+        if any(weight is None for weight in packed):
+            return None
+        qkv, out, gate_up, down = (weight.data for weight in packed if weight is not None)
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        return LayerWeights(
+            self.input_norm.weight, qkv, attention.qkv.bias, q_norm.weight if q_norm else None,
+            k_norm.weight if k_norm else None, out, attention.out.bias, self.mlp_norm.weight, gate_up,
+            mlp.gate_up.bias, down, mlp.down.bias, attention.window,
+        )  # fmt: skip
+
 
 class LlamaForCausalLM:
     """The model of one rank. Subclasses say how their attention differs."""
@@ -72,6 +99,7 @@ class LlamaForCausalLM:
             elsewhere.append("model.embed_tokens.")
         self.optional_weights = frozenset({"lm_head.weight"} if tied else ())
         self.weights_elsewhere = tuple(elsewhere)  # beginnings of names that belong to other stages
+        self.stack: DecoderStack | None = None
 
     def attention(
         self, store: ParameterStore, config: ModelConfig, layer: int, cos_sin: Tensor
@@ -88,15 +116,42 @@ class LlamaForCausalLM:
                 linear.finish_loading()
         if self.head is not None:
             self.head.finish_loading()
+        self.stack = self._cpu_stack()
+
+    def _cpu_stack(self) -> DecoderStack | None:
+        """The layers as one call into the CPU's library, where it serves them."""
+        weights = [layer.weights() for layer in self.layers]
+        if not weights or any(w is None for w in weights) or not self.layers[0].alone:
+            return None
+        config, attention = self.config, self.layers[0].attention
+        shape = DecoderShape(
+            config.hidden_size, config.intermediate_size, attention.num_heads, attention.num_kv_heads, config.head_dim,
+            attention.cos_sin, config.norm_eps, attention.scale,
+        )  # fmt: skip
+        return decoder_stack(shape, [w for w in weights if w is not None])
 
     def forward(self, inputs: Tensor, step: StepContext) -> Tensor:
         """Token ids ``[T]``, or the hidden states ``[T, hidden]`` of the stage before -> those after this stage.
 
-        The last stage's are normed; what stages hand on is the whole residual stream.
+        The last stage's are normed, and of ``step.wanted`` tokens only (all, if None); what stages hand on is the whole
+        residual stream.
         """
         hidden, residual = inputs if self.embedding is None else self.embedding.embed(inputs), None
-        for layer in self.layers:
+        if self.stack is not None:
+            hidden = self.stack(
+                hidden, step.positions, step.slot_mapping, step.query_start, step.seq_lens, step.block_table,
+                step.kv_caches, step.wanted,
+            )  # fmt: skip
+            return hidden if self.norm is None else self.norm(hidden, None)[0]
+        for layer in self.layers[:-1]:
             hidden, residual = layer(hidden, residual, step)
+        last = self.layers[-1]
+        if step.wanted is None:
+            hidden, residual = last(hidden, residual, step)
+        else:
+            hidden, residual = last.finish(hidden, residual, step.wanted, step)
+            if not hidden.shape[0]:
+                return hidden
         if self.norm is None:
             return hidden if residual is None else hidden + residual
         return self.norm(hidden, residual)[0]

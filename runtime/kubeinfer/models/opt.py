@@ -112,7 +112,7 @@ class OPTForCausalLM:
     def forward(self, inputs: Tensor, step: StepContext) -> Tensor:
         """Token ids ``[T]``, or the hidden states ``[T, hidden]`` of the stage before -> those after this stage.
 
-        The last stage's are normed and as wide as the embedding.
+        The last stage's are normed, as wide as the embedding, and of ``step.wanted`` tokens only (all, if None).
         """
         hidden = inputs
         if self.embedding is not None:
@@ -122,6 +122,8 @@ class OPTForCausalLM:
             hidden = hidden + F.embedding(step.positions + _POSITION_OFFSET, self.positions)
         for layer in self.layers:
             hidden = layer(hidden, step)
+        if step.wanted is not None:
+            hidden = hidden.index_select(0, step.wanted)
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden if self.project_out is None else self.project_out(hidden)

@@ -110,6 +110,8 @@ def warm_up(runner: ModelRunner, max_tokens: int) -> None:
         chunks = [min(17, max(2, (max_tokens - count) // count))] * count
         if count + sum(chunks) <= max_tokens:
             ids, step = dummy_step(runner.kv_caches, runner.block_size, count, chunks, runner.workspace)
+            if runner.stage.last:
+                step.wanted = torch.arange(count, dtype=torch.int32, device=runner.device)
             _forward(runner.model, ids, step, runner.stage, count)
         count *= 2
     if not runner.stage.last:

@@ -119,8 +119,9 @@ class MixedGraphs:
             num_decodes=shape.decodes,
             kv_caches=self.kv_caches,
             workspace=self.workspace,
+            wanted=fields["last"],
         )
-        hidden = self.model.forward(ids, step).index_select(0, fields["last"])
+        hidden = self.model.forward(ids, step)
         count = shape.decodes + 1
         logits = self.model.logits(hidden, self.logits[:count])
         zeros, longs = self._zeros[:count], self._longs[:count]

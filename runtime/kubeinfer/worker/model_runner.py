@@ -123,7 +123,7 @@ class ModelRunner:
         if self.pipeline is not None and not self.stage.last:
             self.pipeline.send_hidden(hidden)
             return PendingResult(torch.empty(0, dtype=torch.int64))
-        return self._sample(plan, hidden, rows, starts)
+        return self._sample(plan, hidden, rows, starts, step.wanted is not None)
 
     def _hidden(self, tokens: int) -> Tensor:
         """Room for hidden states ``[tokens, H]``."""
@@ -210,6 +210,10 @@ class ModelRunner:
     ) -> tuple[Tensor, StepContext]:
         host = self._host_inputs(plan, rows, starts)
         max_seq_len = int(host["seq_lens"].max())
+        # Where not every token is sampled from, the model finishes only those that are.
+        partial = self.stage.last and plan.num_decodes < len(rows) and not self._prompt_logprobs
+        if partial:
+            host["wanted"] = host["query_start"][1:][np.array(plan.sampled, np.int32)] - 1
         inputs = self._upload(host)
         if plan.num_decodes and self.stage.first:
             decoding = inputs["rows"][: plan.num_decodes]
@@ -227,30 +231,32 @@ class ModelRunner:
             num_decodes=plan.num_decodes,
             kv_caches=self.kv_caches,
             workspace=self.workspace,
+            wanted=inputs["wanted"] if partial else None,
             prefill_kv_tokens=int(host["seq_lens"][plan.num_decodes :].sum()),
         )
         return inputs["ids"], step
 
     def _sample(
-        self, plan: StepPlan, hidden: Tensor, rows: NDArray[np.int32], starts: NDArray[np.int32]
+        self,
+        plan: StepPlan,
+        hidden: Tensor,
+        rows: NDArray[np.int32],
+        starts: NDArray[np.int32],
+        partial: bool,
     ) -> PendingResult:
+        """``hidden``: states of the sampled tokens if ``partial``, else of all."""
         found_prompt = self._collect_prompt_logprobs(plan, hidden) if self._prompt_logprobs else None
         if not plan.sampled:
             return PendingResult(torch.empty(0, dtype=torch.int64))
-        last = np.cumsum(np.array(plan.num_tokens, np.int32)) - 1
-        if len(plan.sampled) == len(rows):
-            sampled_rows, sampled_starts, lengths = rows, starts, plan.num_tokens
-            if plan.num_decodes < len(rows):
-                hidden = hidden[self._to(last)]
-        else:
+        lengths = np.array(plan.num_tokens, np.int32)
+        if not partial and plan.num_decodes < len(rows):
+            hidden = hidden[self._to((np.cumsum(lengths) - 1)[plan.sampled])]
+        if len(plan.sampled) < len(rows):
             sampled = np.array(plan.sampled, np.int32)
-            sampled_rows, sampled_starts = rows[sampled], starts[sampled]
-            lengths = [plan.num_tokens[i] for i in plan.sampled]
-            hidden = hidden[self._to(last[sampled])]
+            rows, starts, lengths = rows[sampled], starts[sampled], lengths[sampled]
         logits = self.model.logits(hidden)
-        positions = sampled_starts + np.array(lengths, np.int32)
-        tokens, logprobs = self.sampler.sample(logits, sampled_rows, positions, plan)
-        self._keep_tokens(sampled_rows, tokens)
+        tokens, logprobs = self.sampler.sample(logits, rows, starts + lengths, plan)
+        self._keep_tokens(rows, tokens)
         return PendingResult(tokens, logprobs, found_prompt)
 
     def _collect_prompt_logprobs(

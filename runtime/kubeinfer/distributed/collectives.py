@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kubeinfer.kernels.batch_invariance import batch_invariant
+
 logger = logging.getLogger(__name__)
 _ONE_SHOT_BYTES = 512 * 1024  # beyond it every rank reading every buffer costs more than a reduce-scatter
 _PEER_BYTES = 8 * 2**20  # beyond it NCCL's rings win
@@ -77,6 +79,8 @@ class TorchGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         if self.size == 1:
             return x
+        if batch_invariant():
+            return self._sum_in_order(x)
         num_bytes = x.numel() * x.element_size()
         if self._peer is None or num_bytes > _PEER_BYTES or num_bytes % 16:
             dist.all_reduce(x, group=self._group)
@@ -87,6 +91,16 @@ class TorchGroup:
             return torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", self._name)
         torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self._name)
         return x.copy_(shared)
+
+    def _sum_in_order(self, x: Tensor) -> Tensor:
+        """The sum from the first rank to the last in fp32, whatever the size of ``x``: libraries choose an order by it."""
+        gathered = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered.view(-1, *x.shape[1:]), x.contiguous(), group=self._group)
+        total = gathered[0].float()
+        for part in gathered[1:]:
+            total += part
+        return total.to(x.dtype)
 
     def all_gather(self, x: Tensor) -> Tensor:
         gathered = torch.empty(self.size * x.shape[0], x.shape[1], dtype=x.dtype, device=x.device)

@@ -97,7 +97,7 @@ class MultiProcessExecutor(Executor):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         group = TorchGroup(
-            0, self.size, init_method, device, not self._options.disable_custom_all_reduce, self.num_stages
+            0, self.size, init_method, device, uses_peer_memory(self._options), self.num_stages
         )
         pipeline = Pipeline(0, self.size, self.num_stages, device) if self.num_stages > 1 else None
         self._worker = self._worker_class(self._options, self._model_config, *self._limits, group, pipeline)
@@ -248,6 +248,11 @@ _on_rank_death: list[Any] = []
 def on_rank_death(callback: Any) -> None:
     """Call ``callback(reason)`` before this process ends because a rank died (the core tells its client)."""
     _on_rank_death.append(callback)
+
+
+def uses_peer_memory(options: EngineOptions) -> bool:
+    """Whether GPUs sum over peer memory. Its methods differ by size, so not under batch invariance."""
+    return not (options.disable_custom_all_reduce or options.batch_invariant)
 
 
 def _die(reason: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from kubeinfer.distributed.multi_process import uses_peer_memory
 from kubeinfer.engine.plan import StepPlan
 from kubeinfer.options import EngineOptions
 
@@ -84,9 +85,7 @@ def _run(config: dict[str, Any]) -> None:
     plans.connect(config["plans"])
     model_config = load_model_config(options)
     size, num_stages = options.tensor_parallel_size, options.pipeline_parallel_size
-    group = TorchGroup(
-        rank, size, config["init_method"], device, not options.disable_custom_all_reduce, num_stages
-    )
+    group = TorchGroup(rank, size, config["init_method"], device, uses_peer_memory(options), num_stages)
     pipeline = Pipeline(rank, size, num_stages, device) if num_stages > 1 else None
     module, name = config["worker"].split(":")
     worker = getattr(import_module(module), name)(options, model_config, *config["limits"], group, pipeline)

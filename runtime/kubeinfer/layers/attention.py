@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,23 @@ class StepContext:
     workspace: DecodeWorkspace | None = None
     wanted: Tensor | None = None  # int32 [N]: tokens whose final states are asked for; None: all
     prefill_kv_tokens: int | None = None  # sum of seq_lens after the decodes, where the host knows it
+
+
+def each_token_alone(step: StepContext) -> StepContext:
+    """The same step with each token a sequence of its own: its attention then depends on nothing but its context."""
+    tokens = step.positions.shape[0]
+    device = step.positions.device
+    lengths = step.query_start.diff()
+    owners = torch.arange(lengths.shape[0], device=device).repeat_interleave(lengths, output_size=tokens)
+    return replace(
+        step,
+        query_start=torch.arange(tokens + 1, dtype=torch.int32, device=device),
+        seq_lens=step.positions + 1,
+        block_table=step.block_table[owners],
+        max_query_len=1,
+        num_decodes=tokens,
+        prefill_kv_tokens=None,
+    )
 
 
 class SelfAttention:

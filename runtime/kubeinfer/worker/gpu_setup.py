@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kubeinfer.kernels import sampling
 from kubeinfer.kernels.attention import decode_workspace
-from kubeinfer.layers.attention import StepContext
+from kubeinfer.kernels.batch_invariance import batch_invariant
+from kubeinfer.layers.attention import StepContext, each_token_alone
 from kubeinfer.layers.parallel import Stage
 from kubeinfer.options import EngineOptions
 from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
@@ -73,6 +74,8 @@ def _forward(model: Any, ids: Tensor, step: StepContext, stage: Stage, rows: int
     config = model.config
     dtype = getattr(torch, config.dtype)
     inputs = ids if stage.first else torch.zeros(len(ids), config.hidden_size, dtype=dtype, device=ids.device)
+    if batch_invariant():
+        step = each_token_alone(step)
     hidden = model.forward(inputs, step)
     if stage.last:
         model.logits(hidden[:rows])
@@ -93,7 +96,8 @@ def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int) ->
         )  # fmt: skip
         pool = graphs.capture()
         runner.graphs = graphs
-    if not options.enforce_eager and runner.pipeline is None:  # a pipeline's steps with prompts run eagerly
+    # Steps with prompts run eagerly in a pipeline, and where each of their tokens stands alone.
+    if not (options.enforce_eager or runner.pipeline is not None or options.batch_invariant):
         mixed = MixedGraphs(
             model, tables, runner.kv_caches, runner.workspace, config.vocab_size, dtype, runner.block_size,
             max_rows, max_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from kubeinfer.distributed.pipeline import Pipeline
 from kubeinfer.engine.messages import TokenLogprobs
 from kubeinfer.engine.plan import StepPlan, StepResult
 from kubeinfer.kernels.attention import DecodeWorkspace
-from kubeinfer.layers.attention import StepContext
+from kubeinfer.layers.attention import StepContext, each_token_alone
 from kubeinfer.layers.parallel import Stage
 from kubeinfer.worker.cuda_graph import DecodeGraphs
 from kubeinfer.worker.mixed_graph import MixedGraphs
@@ -66,8 +67,12 @@ class ModelRunner:
         max_blocks: int,
         device: torch.device,
         pipeline: Pipeline | None = None,
+        batch_invariant: bool = False,
     ):
         self.model = model
+        self.batch_invariant = batch_invariant
+        # On CPUs only the library's stack of layers computes every row for itself; torch's kernels need a row at a time.
+        self._one_by_one = batch_invariant and device.type == "cpu" and getattr(model, "stack", None) is None
         self.pipeline = pipeline
         self.stage = pipeline.stage if pipeline is not None else Stage()
         self.kv_caches = kv_caches
@@ -119,11 +124,26 @@ class ModelRunner:
         inputs, step = self._inputs(plan, rows, starts)
         if self.pipeline is not None and not self.stage.first:
             inputs = self.pipeline.receive_hidden(self._hidden(len(inputs)))
-        hidden = self.model.forward(inputs, step)
+        if self.batch_invariant:
+            step = each_token_alone(step)
+        hidden = (self._forward_one_by_one if self._one_by_one else self.model.forward)(inputs, step)
         if self.pipeline is not None and not self.stage.last:
             self.pipeline.send_hidden(hidden)
             return PendingResult(torch.empty(0, dtype=torch.int64))
         return self._sample(plan, hidden, rows, starts, step.wanted is not None)
+
+    def _forward_one_by_one(self, inputs: Tensor, step: StepContext) -> Tensor:
+        """The model's ``forward``, a token at a time, positions in order: a prefix may be another row's of this step."""
+        results: dict[int, Tensor] = {}
+        for i in torch.argsort(step.positions, stable=True).tolist():
+            at = slice(i, i + 1)
+            alone = replace(
+                step, positions=step.positions[at], slot_mapping=step.slot_mapping[at], seq_lens=step.seq_lens[at],
+                query_start=step.query_start[:2], block_table=step.block_table[at], num_decodes=1, wanted=None,
+            )  # fmt: skip
+            results[i] = self.model.forward(inputs[at].clone(), alone)
+        hidden = torch.cat([results[i] for i in range(len(results))])
+        return hidden if step.wanted is None else hidden.index_select(0, step.wanted)
 
     def _hidden(self, tokens: int) -> Tensor:
         """Room for hidden states ``[tokens, H]``."""

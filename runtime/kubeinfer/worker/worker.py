@@ -14,6 +14,7 @@ from kubeinfer.distributed.executor import CacheSpec
 from kubeinfer.distributed.pipeline import Pipeline
 from kubeinfer.engine.plan import StepPlan
 from kubeinfer.errors import ModelLoadError
+from kubeinfer.kernels.batch_invariance import use_batch_invariance
 from kubeinfer.layers.parallel import Group, SingleGroup, Stage
 from kubeinfer.layers.parameters import ParameterStore, belongs
 from kubeinfer.model_config import ModelConfig
@@ -55,6 +56,7 @@ class Worker:
 
     def start(self) -> CacheSpec:
         """Weights, then the KV cache from what is left. Raises ``ModelLoadError`` or ``OptionError``."""
+        use_batch_invariance(self.options.batch_invariant)
         seconds: dict[str, float] = {}
         began = time.perf_counter()
         if self.is_gpu:
@@ -91,7 +93,14 @@ class Worker:
         kv_caches = self._make_kv_caches(num_blocks, kv_heads, block_size)
         max_blocks = -(-min(self.model_config.max_model_len, (num_blocks - 1) * block_size) // block_size)
         self.runner = ModelRunner(
-            model, kv_caches, block_size, self.max_num_seqs, max_blocks, self.device, self.pipeline
+            model,
+            kv_caches,
+            block_size,
+            self.max_num_seqs,
+            max_blocks,
+            self.device,
+            self.pipeline,
+            self.options.batch_invariant,
         )
         seconds["kv_cache"] = round(time.perf_counter() - began, 3)
         if self.is_gpu:
@@ -135,6 +144,9 @@ class Worker:
     def execute(self, plan: StepPlan) -> PendingResult:
         if self.runner is None:
             raise RuntimeError("the worker was not started")
+        use_batch_invariance(
+            self.options.batch_invariant
+        )  # another engine of this process may want it otherwise
         return self.runner.execute(plan)
 
     def shutdown(self) -> None:

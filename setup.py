@@ -12,7 +12,7 @@ kernels = Extension(
     sources=sorted(str(path) for path in SOURCES.glob("*.c")),
     depends=sorted(str(path) for path in SOURCES.glob("*.h")),
     # -fopenmp compiles for OpenMP but is not linked: torch's own OpenMP runtime serves the kernels.
-    extra_compile_args=["-std=c11", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi"],
+    extra_compile_args=["-std=gnu11", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi"],
     libraries=["m"],
     optional=True,
 )

@@ -137,13 +137,13 @@ class CacheOptions(_Options):
     swap_space: float = Field(
         0,
         ge=0,
-        description="Host memory that keeps evicted KV blocks of a GPU for reuse.",
+        description="Host memory that keeps evicted KV blocks of a GPU for reuse; each GPU takes so much.",
         json_schema_extra=_extra(unit="GiB"),
     )
     cpu_offload_gb: float = Field(
         0,
         ge=0,
-        description="Weights of each GPU that are kept in host memory.",
+        description="GPU memory to free on each GPU: layers' weights stay in host memory and are streamed in every step.",
         json_schema_extra=_extra(unit="GiB"),
     )
 

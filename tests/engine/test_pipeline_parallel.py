@@ -257,7 +257,7 @@ def test_every_layer_is_in_one_stage(total: int) -> None:
 
 def _store(name: str, stage: Stage, extra: dict[str, torch.Tensor], drop: str = "") -> ParameterStore:
     config = load_model_config(options(name))
-    store = ParameterStore(torch.device("cpu"), torch.float32, SingleGroup(), stage)
+    store = ParameterStore(torch.device("cpu"), torch.float32, SingleGroup(), stage=stage)
     model = model_class(config.architecture)(config, store)
     checkpoint = [(n, t) for n, t in iterate_tensors(config.path) if n != drop]
     store.load([*checkpoint, *extra.items()], model.optional_weights, model.weights_elsewhere)

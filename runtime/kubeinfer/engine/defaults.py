@@ -24,7 +24,6 @@ _NO_EFFECT = {
     },
     "cuda": {
         "cpu_kvcache_space": "the engine runs on a GPU; --gpu-memory-utilization sizes its KV cache",
-        "swap_space": "KV blocks are not kept in host memory yet; preempted requests are computed again",
     },
 }
 
@@ -70,17 +69,12 @@ def resolve_defaults(options: EngineOptions) -> EngineOptions:
     for name, why in _NO_EFFECT[device].items():
         if getattr(options, name) != EngineOptions.model_fields[name].default:
             logger.warning("%s has no effect: %s", name, why)
-    if device == "cpu":
-        if options.kv_cache_dtype != "auto":
-            raise OptionError(
-                f"kv_cache_dtype {options.kv_cache_dtype} is not supported on the CPU.", "kv_cache_dtype"
-            )
-    else:
-        if options.cpu_offload_gb:
-            raise OptionError(
-                "cpu_offload_gb is not supported yet; use more GPUs (--tensor-parallel-size) or a smaller model.",
-                "cpu_offload_gb",
-            )
+    if device == "cuda" and options.swap_space and not options.enable_prefix_caching:
+        logger.warning("swap_space has no effect: without --enable-prefix-caching no KV block is found again")
+    if device == "cpu" and options.kv_cache_dtype != "auto":
+        raise OptionError(
+            f"kv_cache_dtype {options.kv_cache_dtype} is not supported on the CPU.", "kv_cache_dtype"
+        )
     return options.model_copy(update=changes)
 
 

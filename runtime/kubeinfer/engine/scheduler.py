@@ -233,6 +233,11 @@ class Scheduler:
             # A hit that lies in the free list leaves it when taken, so it counts as needed too.
             if needed + kv_cache.count_free(prefix) + (reserve if self.running else 0) > kv_cache.num_free:
                 break
+            if (decodes or chunks) and kv_cache.exceeds_copies(prefix):
+                kv_cache.prefetch(
+                    request, prefix
+                )  # the rest in later steps: running streams wait for the copies
+                break
             self.waiting.pop()
             kv_cache.take_prefix(request, prefix)
             if kv_cache.allocate(request, cached + num_new) is None:
@@ -295,6 +300,7 @@ class Scheduler:
             request.last_step = self.num_steps
         self._in_flight.append(samplers)
         released, self._released_rows = self._released_rows, []
+        copies_out, copies_in = self.kv_cache.take_copies()
         return StepPlan(
             self.num_steps,
             rows,
@@ -306,6 +312,8 @@ class Scheduler:
             new_blocks,
             released,
             history,
+            copies_out,
+            copies_in,
         )
 
     def _preempt(self, request: Request) -> None:
@@ -377,6 +385,9 @@ class Scheduler:
             prompt_tokens=self.num_prompt_tokens,
             generation_tokens=self.num_generation_tokens,
             num_steps=self.num_steps,
+            prefix_cache_host_hits=self.kv_cache.host_hits,
+            host_cache_usage=self.kv_cache.host_usage,
+            blocks_copied_out=self.kv_cache.num_copied_out,
         )
 
     def check_integrity(self) -> None:

@@ -1,4 +1,4 @@
-"""Dense matrix products: cuBLAS on GPUs, our own kernel for a few tokens; our own kernel or oneDNN on CPUs."""
+"""Dense matrix products: cuBLAS on GPUs, our own kernels for some tens of tokens; our own kernel or oneDNN on CPUs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from kubeinfer.kernels.cpu import library as cpu
 
 if TYPE_CHECKING:
     from kubeinfer.kernels.triton_linear import Config
+    from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig
 
-# The most tokens that our GPU kernel takes.
-MAX_FEW_ROWS = 8
+# The most tokens that our GPU kernels take.
+MAX_FEW_ROWS = 64
 
 
 @dataclass(slots=True)
@@ -84,7 +85,7 @@ def few_rows(x: Tensor) -> bool:
     )
 
 
-def few_rows_config(x: Tensor, weight: Tensor, n: int, kind: str) -> Config | None:
+def few_rows_config(x: Tensor, weight: Tensor, n: int, kind: str) -> Config | SkinnyConfig | None:
     """The launch configuration of our GPU kernel for this product; None where cuBLAS serves it.
 
     ``n`` outputs; ``kind`` is ``plain`` or ``gated`` (then ``weight`` has ``2 n`` rows).

@@ -71,6 +71,7 @@ class SelfAttention:
         qk_norm: bool = False,
         out_name: str = "o_proj",
     ):
+        store.begin_layer(layer)  # a decoder layer begins with its attention
         self.cache_index = layer - store.stage.layers(config.num_layers).start
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5

@@ -13,6 +13,7 @@ class VocabEmbedding:
     """This rank's rows of the vocabulary; used as embedding, as output head, or as both (tied)."""
 
     def __init__(self, store: ParameterStore, name: str, vocab_size: int, hidden: int):
+        store.begin_layer(None)
         self.group = store.group
         self.vocab_size = vocab_size
         shard = -(-vocab_size // self.group.size)

@@ -7,8 +7,9 @@ is known exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -46,22 +47,59 @@ class Slot:
         self.loaded = True
 
 
-class ParameterStore:
-    """Makes a model's tensors on ``device`` in ``dtype`` and fills them from a checkpoint."""
+@dataclass(frozen=True)
+class HostLayers:
+    """Decoder layers whose matrices are made in host memory: ``allocate(bytes)`` gives uint8 of it."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, group: Group, stage: Stage | None = None):
+    layers: frozenset[int]
+    allocate: Callable[[int], Tensor]
+
+
+class ParameterStore:
+    """Makes a model's tensors on ``device`` in ``dtype`` and fills them from a checkpoint.
+
+    The matrices of ``host``'s layers are made in host memory instead; ``host_tensors`` has them by layer. On the device
+    ``meta`` a store only measures.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group,
+        host: HostLayers | None = None,
+        stage: Stage | None = None,
+    ):
         self.device = device
         self.dtype = dtype
         self.group = group
         self.stage = stage or Stage()
+        self.host = host
         self.slots: dict[str, list[Slot]] = {}
         self.tensors: list[Tensor] = []
-        self.num_bytes = 0
+        self.host_tensors: dict[int, list[Tensor]] = {}
+        self.layer_bytes: dict[int, int] = {}  # of a decoder layer's matrices
+        self.num_bytes = 0  # on the device
+        self.num_host_bytes = 0
+        self._layer: int | None = None
+
+    def begin_layer(self, layer: int | None) -> None:
+        """The tensors made from now on are decoder layer ``layer``'s; None: they belong to no layer."""
+        self._layer = layer
 
     def empty(self, *shape: int) -> Tensor:
-        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+        size = prod(shape) * self.dtype.itemsize
+        layer = self._layer if len(shape) > 1 else None  # vectors are small, and stay with the device
+        if layer is not None:
+            self.layer_bytes[layer] = self.layer_bytes.get(layer, 0) + size
+        if layer is not None and self.host is not None and layer in self.host.layers:
+            tensor = self.host.allocate(size).view(self.dtype).view(shape)
+            self.host_tensors.setdefault(layer, []).append(tensor)
+            self.num_host_bytes += size
+        else:
+            tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self.num_bytes += size
         self.tensors.append(tensor)
-        self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def expect(
@@ -104,16 +142,21 @@ class ParameterStore:
     def release(self) -> None:
         """Let go of the tensors: from now on they live as long as the layers that use them."""
         self.tensors.clear()
+        self.host_tensors.clear()
         self.slots.clear()
 
     def fill_random(self, seed: int) -> None:
         """Random weights of a sane scale, the same for a seed (load_format dummy)."""
         generator = torch.Generator(device=self.device).manual_seed(seed)
         for tensor in self.tensors:
-            if tensor.dim() == 1:
-                tensor.fill_(1.0)
+            # What belongs in host memory is drawn on the device too, so that it has the same values there.
+            made = tensor if tensor.device == self.device else torch.empty_like(tensor, device=self.device)
+            if made.dim() == 1:
+                made.fill_(1.0)
             else:
-                tensor.normal_(0.0, 0.02, generator=generator)
+                made.normal_(0.0, 0.02, generator=generator)
+            if made is not tensor:
+                tensor.copy_(made)
 
 
 def belongs(name: str, prefixes: tuple[str, ...]) -> bool:

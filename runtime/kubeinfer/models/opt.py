@@ -76,17 +76,17 @@ class OPTForCausalLM:
                 )
         else:
             elsewhere += [f"{_PREFIX}.embed_positions.", f"{_PREFIX}.project_in."]
+        self.project_out: ReplicatedLinear | None = None
+        if stage.last and projected:
+            self.project_out = ReplicatedLinear(
+                store, f"{_PREFIX}.project_out", width, config.hidden_size, False
+            )
         self.layers = [OPTLayer(store, config, layer, norm_first) for layer in stage.layers(total)]
         self.norm: LayerNorm | None = None
-        self.project_out: ReplicatedLinear | None = None
         self.head: VocabEmbedding | None = None
         if stage.last:
             if norm_first and not hf.get("_remove_final_layer_norm", False):
                 self.norm = LayerNorm(store, f"{_PREFIX}.final_layer_norm", config.hidden_size)
-            if projected:
-                self.project_out = ReplicatedLinear(
-                    store, f"{_PREFIX}.project_out", width, config.hidden_size, False
-                )
             if tied and self.embedding is not None:
                 self.head = self.embedding
             else:

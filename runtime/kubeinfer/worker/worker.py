@@ -16,15 +16,33 @@ from kubeinfer.engine.plan import StepPlan
 from kubeinfer.errors import ModelLoadError
 from kubeinfer.kernels.batch_invariance import use_batch_invariance
 from kubeinfer.layers.parallel import Group, SingleGroup, Stage
-from kubeinfer.layers.parameters import ParameterStore, belongs
+from kubeinfer.layers.parameters import HostLayers, ParameterStore, belongs
 from kubeinfer.model_config import ModelConfig
 from kubeinfer.models.registry import model_class
 from kubeinfer.options import EngineOptions
+from kubeinfer.worker.block_swapper import BlockSwapper
 from kubeinfer.worker.gpu_setup import prepare_gpu, profile_largest_step
-from kubeinfer.worker.memory import block_bytes, cpu_kv_blocks, gpu_kv_blocks, usable_cpus
+from kubeinfer.worker.host_pool import host_memory
+from kubeinfer.worker.memory import (
+    block_bytes,
+    check_host_memory,
+    cpu_kv_blocks,
+    free_host_bytes,
+    gpu_kv_blocks,
+    host_kv_blocks,
+    usable_cpus,
+)
 from kubeinfer.worker.model_runner import ModelRunner, PendingResult
+from kubeinfer.worker.weight_streamer import (
+    WeightStreamer,
+    check_streamed,
+    choose_layers,
+    freed_bytes,
+    stream_layers,
+)
 
 logger = logging.getLogger(__name__)
+_GIB = 2**30
 
 
 class Worker:
@@ -52,7 +70,10 @@ class Worker:
         self.device = torch.device("cuda", index) if self.is_gpu else torch.device("cpu")
         self.dtype: torch.dtype = getattr(torch, model_config.dtype)
         self.cache_dtype = self.dtype
+        self._ranks = options.tensor_parallel_size * options.pipeline_parallel_size  # they share one host
         self.runner: ModelRunner | None = None
+        self.swapper: BlockSwapper | None = None
+        self.streamer: WeightStreamer | None = None
 
     def start(self) -> CacheSpec:
         """Weights, then the KV cache from what is left. Raises ``ModelLoadError`` or ``OptionError``."""
@@ -62,8 +83,7 @@ class Worker:
         if self.is_gpu:
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ:
-            ranks = self.options.tensor_parallel_size * self.options.pipeline_parallel_size
-            torch.set_num_threads(max(1, usable_cpus() // ranks))
+            torch.set_num_threads(max(1, usable_cpus() // self._ranks))
         model, store = self._load_model()
         seconds["weights"] = round(time.perf_counter() - began, 3)
         began = time.perf_counter()
@@ -84,6 +104,10 @@ class Worker:
             )
             seconds["profile"] = round(time.perf_counter() - began, 3)
             began = time.perf_counter()
+        num_host_blocks = self.group.smallest(self.num_host_blocks(per_block))
+        if num_host_blocks:
+            self.swapper = BlockSwapper(num_host_blocks, per_block, self.device)
+        if self.is_gpu:
             num_blocks = gpu_kv_blocks(
                 self.options, self.model_config, per_block, peak, self.max_num_seqs, self.device
             )
@@ -107,11 +131,26 @@ class Worker:
             began = time.perf_counter()
             prepare_gpu(self.runner, self.options, self.max_tokens)
             seconds["graphs"] = round(time.perf_counter() - began, 3)
-        return CacheSpec(num_blocks, block_size, store.num_bytes, num_blocks * per_block, seconds)
+        if self.swapper is not None:
+            self.swapper.start(kv_caches, num_host_blocks)
+        return CacheSpec(
+            num_blocks, block_size, store.num_bytes, num_blocks * per_block, seconds, num_host_blocks,
+            num_host_blocks * per_block,
+        )  # fmt: skip
+
+    def num_host_blocks(self, per_block: int) -> int:
+        """KV blocks of ``per_block`` bytes that this rank may keep in host memory."""
+        if not self.is_gpu or not self.options.swap_space or not self.options.enable_prefix_caching:
+            return 0
+        return host_kv_blocks(self.options, per_block, self._ranks, self._free_host_bytes())
+
+    def _free_host_bytes(self) -> int:
+        """What all ranks found free before any of them took some of it."""
+        return self.group.smallest(free_host_bytes())
 
     def _load_model(self) -> tuple[Any, ParameterStore]:
         config = self.model_config
-        store = ParameterStore(self.device, self.dtype, self.group, self.stage)
+        store = ParameterStore(self.device, self.dtype, self.group, self._host_layers(), self.stage)
         model = model_class(config.architecture)(config, store)
         if self.options.load_format == "dummy":
             store.fill_random(self.options.seed)
@@ -130,9 +169,46 @@ class Worker:
                 )
             except ModelLoadError as exc:
                 raise ModelLoadError(f"{config.path}: {exc}") from None
+        if store.host_tensors:
+            self.streamer = stream_layers(model, store)
+            store.num_bytes += self.streamer.staging_bytes
+            self.streamer.lock_pages()
         store.release()
         model.finish_loading()
+        if self.streamer is not None:
+            check_streamed(model, self.streamer)
         return model, store
+
+    def offload_bytes(self) -> int:
+        """Bytes of weights that host memory is to take from this rank's device."""
+        return int(self.options.cpu_offload_gb * _GIB) if self.is_gpu else 0
+
+    def _host_layers(self) -> HostLayers | None:
+        """The decoder layers that host memory holds for ``cpu_offload_gb``, chosen by what they would take."""
+        asked = self.offload_bytes()
+        if not asked:
+            return None
+        free = self._free_host_bytes()  # every rank takes part, whatever it chooses
+        measure = ParameterStore(torch.device("meta"), self.dtype, self.group, stage=self.stage)
+        model_class(self.model_config.architecture)(self.model_config, measure)
+        chosen = choose_layers(measure.layer_bytes, asked)
+        sizes = [measure.layer_bytes[layer] for layer in chosen]
+        freed = freed_bytes(sizes)
+        total = len(measure.layer_bytes)
+        if freed < asked:
+            logger.warning(
+                "cpu_offload_gb asks for %.2f GiB, but streaming all %d layers frees %.2f GiB: two layers at a time, "
+                "norms, embedding and head stay on the GPU",
+                asked / _GIB, total, freed / _GIB,
+            )  # fmt: skip
+        if not chosen:
+            return None
+        check_host_memory("cpu_offload_gb", sum(sizes) / _GIB, self._ranks, free)
+        logger.info(
+            "cpu_offload_gb: %d of %d layers (%.2f GiB) stay in host memory and are copied to the device for every step",
+            len(chosen), total, sum(sizes) / _GIB,
+        )  # fmt: skip
+        return HostLayers(chosen, host_memory)
 
     def _make_kv_caches(self, num_blocks: int, kv_heads: int, block_size: int) -> list[Tensor]:
         shape = (2, num_blocks, kv_heads, block_size, self.model_config.head_dim)
@@ -144,12 +220,17 @@ class Worker:
     def execute(self, plan: StepPlan) -> PendingResult:
         if self.runner is None:
             raise RuntimeError("the worker was not started")
-        use_batch_invariance(
-            self.options.batch_invariant
-        )  # another engine of this process may want it otherwise
+        use_batch_invariance(self.options.batch_invariant)  # another engine of this process may differ
+        if self.swapper is not None:
+            self.swapper.apply(plan)
         return self.runner.execute(plan)
 
     def shutdown(self) -> None:
         if self.runner is not None:
             self.runner.close()
+        if self.swapper is not None:
+            self.swapper.close()
+            self.swapper = None
+        if self.streamer is not None:
+            self.streamer.close()
         self.runner = None

@@ -6,8 +6,11 @@
 #ifndef KUBEINFER_PARTS_H
 #define KUBEINFER_PARTS_H
 
+#include <limits.h>
+#include <linux/futex.h>
 #include <omp.h>
-#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "vector.h"
 
@@ -16,6 +19,7 @@ typedef struct {
     _Alignas(64) int64_t claimed; /* tasks of the present part that some thread took */
     _Alignas(64) int arrived;
     _Alignas(64) int phase;
+    int sleepers;
 } team_shared;
 
 typedef struct {
@@ -28,7 +32,10 @@ static inline int64_t team_claim(const team *t, int64_t grain) {
     return __atomic_fetch_add(&t->shared->claimed, grain, __ATOMIC_RELAXED);
 }
 
-/* Wait until every thread is here. Parts are short: spinning beats sleeping, and yields once the wait grows long. */
+enum { SPINS = 1024 }; /* some tens of microseconds: parts end together, unless the system took a thread's processor away */
+
+/* Wait until every thread is here. Spinning beats sleeping for parts this short; a long wait means that the awaited thread has
+ * no processor, and then to go on spinning would keep it from getting this one. */
 static inline void team_wait(const team *t) {
     team_shared *s = t->shared;
     if (t->count == 1) {
@@ -39,13 +46,19 @@ static inline void team_wait(const team *t) {
     if (__atomic_add_fetch(&s->arrived, 1, __ATOMIC_ACQ_REL) == t->count) {
         s->arrived = 0;
         s->claimed = 0;
-        __atomic_store_n(&s->phase, phase + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&s->phase, phase + 1, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&s->sleepers, __ATOMIC_SEQ_CST))
+            syscall(SYS_futex, &s->phase, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
         return;
     }
-    for (int spins = 0; __atomic_load_n(&s->phase, __ATOMIC_ACQUIRE) == phase; spins++) {
-        if (spins < 4096) _mm_pause();
-        else sched_yield();
+    for (int spins = 0; spins < SPINS; spins++) {
+        if (__atomic_load_n(&s->phase, __ATOMIC_ACQUIRE) != phase) return;
+        _mm_pause();
     }
+    __atomic_add_fetch(&s->sleepers, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&s->phase, __ATOMIC_ACQUIRE) == phase)
+        syscall(SYS_futex, &s->phase, FUTEX_WAIT_PRIVATE, phase, NULL, NULL, 0);
+    __atomic_sub_fetch(&s->sleepers, 1, __ATOMIC_SEQ_CST);
 }
 
 /* This thread's rows of T, one run. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import subprocess
 import sys
@@ -12,18 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from fixtures.reference import random_prompts
 from fixtures.slow_worker import STEP_SECONDS, SlowWorker
 from fixtures.tiny_models import VOCAB_SIZE, tiny_model
+from kubeinfer.async_llm import AsyncLLM
 from kubeinfer.distributed.executor import make_executor
 from kubeinfer.engine.core import EngineCore
 from kubeinfer.engine.defaults import resolve_defaults
 from kubeinfer.engine.in_process import InProcessClient
 from kubeinfer.engine.messages import EngineOutput, EngineRequest
-from kubeinfer.errors import ModelLoadError, OptionError
+from kubeinfer.engine.zmq_client import ProcessClient
+from kubeinfer.errors import EngineDeadError, ModelLoadError, OptionError
 from kubeinfer.layers.parallel import SingleGroup, Stage
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.model_config import load_model_config
@@ -236,6 +240,32 @@ def test_a_killed_stage_ends_the_engine_with_its_reason_last() -> None:
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].endswith("the worker of rank 2 died: exit status -9")
+
+
+async def test_a_server_streams_through_stages_and_tells_its_clients_which_rank_died() -> None:
+    values = options("llama", pipeline_parallel_size=2, tensor_parallel_size=2)
+    client = ProcessClient(values)
+    llm = AsyncLLM(values, client)
+    ranks = psutil.Process(client.pid).children()
+    try:
+        assert len(ranks) == 3
+        params = SamplingParams(max_tokens=16, ignore_eos=True, temperature=0)
+
+        async def stream(index: int) -> list[int]:
+            found: list[int] = []
+            async for part in llm.generate(PROMPTS[index], params, f"r{index}"):
+                found += part.outputs[0].token_ids
+            return found
+
+        found = await asyncio.gather(*(stream(index) for index in range(8)))
+        assert found == [alone("llama")[str(index)] for index in range(8)]
+        sorted(ranks, key=lambda p: p.create_time())[2].kill()  # idle: nobody waits for it
+        await asyncio.sleep(1)
+        with pytest.raises(EngineDeadError, match="the worker of rank 3 died"):
+            await stream(9)
+    finally:
+        llm.shutdown()
+    assert not [rank for rank in ranks if rank.is_running()]
 
 
 def test_sizes_that_cannot_be_say_so() -> None:

@@ -254,8 +254,30 @@ def test_batch_invariant_requests_get_the_same_bits_in_any_company(
     assert bits([shuffled], max_num_seqs=24, **small) == alone
 
 
-def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path) -> None:
+def test_long_steps_of_four_gpus_give_one_gpus_tokens() -> None:
+    """Steps of thousands of tokens, whose sums each rank makes for its share of the rows."""
+    import torch
+
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs 4 GPUs")
+    path = str(tiny_model("llama"))
+    prompts = random_prompts(6, 60, longest=200)
+    expected: list[list[int]] | None = None
+    for size in (1, 4):
+        client = make(path, "cuda", max_num_seqs=64, tensor_parallel_size=size)
+        got = generate(client, prompts, 12)
+        client.shutdown()
+        assert expected is None or got == expected
+        expected = got
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path, size: int) -> None:
     """Fused few-token kernels against the path of whole prompts: the same tokens score the same either way."""
+    import torch
+
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
         "num_hidden_layers": 3, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 20000,
@@ -270,6 +292,7 @@ def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path) -> No
             load_format="dummy",
             kv_cache_memory_bytes=2**28,
             max_num_seqs=8,
+            tensor_parallel_size=size,
         )
     )
     rng = random.Random(8)
@@ -290,3 +313,4 @@ def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path) -> No
                         entry.logprobs[0] for entry in (output.prompt_logprobs or ()) if entry is not None
                     ]
             assert again[-24:] == pytest.approx(scores[str(i)], abs=0.08)
+    client.shutdown()

@@ -45,7 +45,7 @@ def linear(
 ) -> Tensor:
     """``x [T, K] @ weight[N, K]^T + bias[N]`` -> ``[T, N]`` in ``x``'s dtype; ``packed`` stands for ``weight``.
 
-    ``out`` (without a bias, on GPUs) is written where given, and returned.
+    ``out`` (on GPUs) is written where given, and returned.
     """
     if batch_invariant() and packed is None:
         return _linear_by_rows(x, weight, bias, out)
@@ -55,6 +55,8 @@ def linear(
 
         return linear_triton(x, weight, bias, _new(x, weight.shape[0]) if out is None else out, config)
     if out is not None:
+        if bias is not None:
+            return torch.addmm(bias, x, weight.t(), out=out)
         return torch.mm(x, weight.t(), out=out)
     if packed is not None:
         return cpu.linear(x, packed.data, packed.out_features, bias)

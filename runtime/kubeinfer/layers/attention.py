@@ -106,6 +106,10 @@ class SelfAttention:
         """All but the output projection: ``[T, H]`` -> ``[T, Hq D]``."""
         return self._attend(self.qkv(hidden), step)
 
+    def partial(self, hidden: Tensor, step: StepContext) -> Tensor:
+        """This rank's part of the result."""
+        return self.out.partial(self._attend(self.qkv(hidden), step))
+
     def add_to(self, residual: Tensor, norm: RMSNorm, step: StepContext) -> Tensor:
         """``residual += self(norm(residual))`` in place; a group of one rank only."""
         return self.out.add_to(residual, self._attend(self.qkv.after_norm(residual, norm), step))

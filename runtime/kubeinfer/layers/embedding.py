@@ -43,5 +43,6 @@ class VocabEmbedding:
         """``hidden [N, H]`` -> ``[N, vocab_size]``, on every rank; into ``out`` where given."""
         if self.group.size == 1:
             return linear(hidden, self.weight, None, self._packed, out)
-        whole = self.group.all_gather(linear(hidden, self.weight, None, self._packed))[:, : self.vocab_size]
-        return whole.contiguous() if out is None else out.copy_(whole)
+        buffer = self.group.gather_buffer(hidden.shape[0], self.weight.shape[0], hidden.dtype)
+        part = linear(hidden, self.weight, None, self._packed, buffer)
+        return self.group.all_gather(part, self.vocab_size, out)

@@ -116,6 +116,7 @@ class RowLinear(Linear):
         rank, size = self.group.rank, self.group.size
         check_divisible(in_features, size, f"{name} inputs")
         shard = in_features // size
+        self.out_features = out_features
         super().__init__(store, out_features, shard, bias)
         store.expect(f"{name}.weight", self.weight, 1, rank * shard, shard)
         if self.bias is not None:
@@ -127,7 +128,12 @@ class RowLinear(Linear):
         super().finish_loading()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.group.all_reduce(linear(x, self.weight, self.bias, self.packed))
+        return self.group.all_reduce(self.partial(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum, where the group's next sum reads it best."""
+        out = self.group.buffer(x.shape[0], self.out_features, x.dtype)
+        return linear(x, self.weight, self.bias, self.packed, out)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """``residual += self(x)`` in place; a group of one rank only."""

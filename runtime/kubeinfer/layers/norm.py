@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm
+from kubeinfer.layers.parallel import Group
 from kubeinfer.layers.parameters import ParameterStore
 
 
@@ -22,6 +23,10 @@ class RMSNorm:
         if residual is None:
             return rms_norm(x, self.weight, self.eps), x
         return fused_add_rms_norm(x, residual, self.weight, self.eps)
+
+    def of_sum(self, group: Group, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call with the sum of the ranks' ``partial``; see `Group.all_reduce_norm` for how long it is good."""
+        return group.all_reduce_norm(partial, residual, self.weight, self.eps)
 
 
 class LayerNorm:

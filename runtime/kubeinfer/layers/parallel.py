@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from kubeinfer.kernels.norm import fused_add_rms_norm
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,31 @@ class Group(Protocol):
     rank: int
     size: int
 
+    def reserve(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Get ready for sums of up to ``[rows, width]``; once, before the first of them."""
+
+    def buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
+        """Where the ``x [rows, width]`` of the next sum is best written, if it matters."""
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks; may write into ``x``."""
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """All ranks' ``x [N, K]`` side by side: ``[N, size * K]``."""
+    def all_reduce_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """``residual += sum over ranks of x [T, H]`` in place; ``(rms_norm(residual), residual)``.
+
+        Good until the next such call: the normed rows, and of ``residual`` only what that call needs.
+        """
+
+    def all_reduce_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual + sum over ranks of x [T, H]``, where `all_reduce_norm` calls end; overwrites both."""
+
+    def gather_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
+        """Where the ``x [rows, width]`` of the next `all_gather` is best written, if it matters."""
+
+    def all_gather(self, x: Tensor, width: int, out: Tensor | None = None) -> Tensor:
+        """All ranks' ``x [N, K]`` side by side, the first ``width`` of ``size * K`` columns; in ``out`` where given."""
 
     def smallest(self, value: int) -> int:
         """The smallest of all ranks' values."""
@@ -58,11 +81,28 @@ class SingleGroup:
     rank = 0
     size = 1
 
+    def reserve(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        pass
+
+    def buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
+        return None
+
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        return x
+    def all_reduce_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return fused_add_rms_norm(x, residual, weight, eps)
+
+    def all_reduce_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual.add_(x)
+
+    def gather_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
+        return None
+
+    def all_gather(self, x: Tensor, width: int, out: Tensor | None = None) -> Tensor:
+        return x[:, :width] if out is None else out.copy_(x[:, :width])
 
     def smallest(self, value: int) -> int:
         return value

@@ -21,7 +21,7 @@ class DecoderLayer:
     def __init__(self, store: ParameterStore, config: ModelConfig, layer: int, attention: SelfAttention):
         prefix = f"model.layers.{layer}"
         bias = bool(config.hf_config.get("mlp_bias", False))
-        self.alone = store.group.size == 1
+        self.group = store.group
         self.attention = attention
         self.mlp = GatedMLP(store, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias)
         self.input_norm = RMSNorm(store, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps)
@@ -32,25 +32,31 @@ class DecoderLayer:
     def __call__(
         self, hidden: Tensor, residual: Tensor | None, step: StepContext
     ) -> tuple[Tensor, Tensor | None]:
-        if residual is None and self.alone and few_rows(hidden):
+        """``residual`` None: ``hidden`` is the whole residual stream; else it lacks the sum of the ranks' ``hidden``."""
+        if residual is None and self.group.size == 1 and few_rows(hidden):
             # Norms and additions ride along with the matrix products, and ``hidden`` is the whole residual stream.
             self.attention.add_to(hidden, self.input_norm, step)
             return self.mlp.add_to(hidden, self.mlp_norm), None
-        hidden, residual = self.input_norm(hidden, residual)
-        hidden, residual = self.mlp_norm(self.attention(hidden, step), residual)
-        return self.mlp(hidden), residual
+        if residual is None:
+            hidden, residual = self.input_norm(hidden, None)
+        else:
+            hidden, residual = self.input_norm.of_sum(self.group, hidden, residual)
+        hidden, residual = self.mlp_norm.of_sum(self.group, self.attention.partial(hidden, step), residual)
+        return self.mlp.partial(hidden), residual
 
     def finish(
         self, hidden: Tensor, residual: Tensor | None, wanted: Tensor, step: StepContext
     ) -> tuple[Tensor, Tensor | None]:
         """As the last layer: all tokens' keys and values, but only the ``wanted`` tokens' states ``[N, H]``."""
+        if residual is not None and self.group.size > 1:  # rows are chosen below, and a rank may lack some
+            hidden, residual = self.group.all_reduce_add(hidden, residual), None
         hidden, residual = self.input_norm(hidden, residual)
         attended = self.attention.attend(hidden, step)
         if not wanted.shape[0]:
             return hidden[:0], residual
         attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
-        hidden, residual = self.mlp_norm(self.attention.out(attended), residual)
-        return self.mlp(hidden), residual
+        hidden, residual = self.mlp_norm.of_sum(self.group, self.attention.out.partial(attended), residual)
+        return self.mlp.partial(hidden), residual
 
     def weights(self) -> LayerWeights | None:
         """What the CPU's stack of layers reads, where every product is packed."""
@@ -75,6 +81,7 @@ class LlamaForCausalLM:
 
     def __init__(self, config: ModelConfig, store: ParameterStore):
         self.config = config
+        self.group = store.group
         stage, tied, total = store.stage, config.tie_word_embeddings, config.num_layers
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = VocabEmbedding(store, "model.embed_tokens", *shape) if stage.first else None
@@ -121,7 +128,7 @@ class LlamaForCausalLM:
     def _cpu_stack(self) -> DecoderStack | None:
         """The layers as one call into the CPU's library, where it serves them."""
         weights = [layer.weights() for layer in self.layers]
-        if not weights or any(w is None for w in weights) or not self.layers[0].alone:
+        if not weights or any(w is None for w in weights) or self.group.size > 1:
             return None
         config, attention = self.config, self.layers[0].attention
         shape = DecoderShape(
@@ -153,8 +160,10 @@ class LlamaForCausalLM:
             if not hidden.shape[0]:
                 return hidden
         if self.norm is None:
-            return hidden if residual is None else hidden + residual
-        return self.norm(hidden, residual)[0]
+            return hidden if residual is None else self.group.all_reduce_add(hidden, residual)
+        if residual is None:
+            return self.norm(hidden, None)[0]
+        return self.norm.of_sum(self.group, hidden, residual)[0]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """``hidden [N, H]`` -> ``[N, vocab_size]``; into ``out`` where given. The last stage's."""

@@ -150,6 +150,7 @@ class Worker:
 
     def _load_model(self) -> tuple[Any, ParameterStore]:
         config = self.model_config
+        self.group.reserve(self.max_tokens, config.hidden_size, self.dtype)
         store = ParameterStore(self.device, self.dtype, self.group, self._host_layers(), self.stage)
         model = model_class(config.architecture)(config, store)
         if self.options.load_format == "dummy":

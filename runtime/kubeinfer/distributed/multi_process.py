@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _RESULT_POLL_MS = 200
+_PARTING_SECONDS = 5
 
 
 class MultiProcessExecutor(Executor):
@@ -71,6 +72,7 @@ class MultiProcessExecutor(Executor):
         self._worker: Any = None
         self._pending: deque[Any] = deque()
         self._closing = False
+        self._give_up = 0.0  # when a step in flight is waited for no longer, once closing
         self._lock = threading.Lock()
         self._cause: str | None = None  # why a rank died
 
@@ -198,6 +200,8 @@ class MultiProcessExecutor(Executor):
     def _receive_result(self, socket: zmq.Socket[bytes]) -> StepResult:
         while not socket.poll(_RESULT_POLL_MS):
             self._raise_dead_rank(None)
+            if self._closing and time.monotonic() > self._give_up:
+                raise RuntimeError("the last stage has not answered")
         if self._decoder is None:
             raise RuntimeError("the executor was not started")
         return self._decoder.decode(socket.recv())
@@ -217,6 +221,7 @@ class MultiProcessExecutor(Executor):
 
     def shutdown(self) -> None:
         self._closing = True
+        self._give_up = time.monotonic() + _PARTING_SECONDS
         if self._context.closed:
             return
         try:  # ranks part with nothing on its way between them, unless one is gone already
@@ -231,7 +236,7 @@ class MultiProcessExecutor(Executor):
                 socket.send(b"", zmq.NOBLOCK)  # an empty frame ends a worker
         for process in self._processes:
             try:
-                process.wait(timeout=5)
+                process.wait(timeout=_PARTING_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

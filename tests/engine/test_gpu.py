@@ -167,16 +167,16 @@ def test_tensor_parallel_tokens_equal_one_gpus(name: str, size: int) -> None:
     many.shutdown()
 
 
-@pytest.mark.parametrize(("stages", "size"), [(2, 1), (3, 1), (2, 2), (4, 1)])
-@pytest.mark.parametrize("name", ["qwen2-sliding", "llama-tied", "opt"])
+@pytest.mark.parametrize(
+    ("name", "stages", "size"),
+    [("llama-tied", 2, 1), ("opt", 2, 1), ("qwen2-sliding", 2, 1), ("qwen2-sliding", 2, 2), ("qwen2-sliding", 4, 1)],
+)  # fmt: skip
 def test_pipeline_parallel_tokens_equal_one_gpus(name: str, stages: int, size: int) -> None:
-    """Graphs and eager steps, greedy and sampled, chunks and a small cache; three layers cannot be four stages."""
+    """Graphs and eager steps, greedy and sampled, overlapped or not, chunks and a small cache."""
     import torch
 
     if torch.cuda.device_count() < stages * size:
         pytest.skip(f"needs {stages * size} GPUs")
-    if stages == 4 and name != "qwen2-sliding":
-        pytest.skip("has three layers")
     path = str(tiny_model(name))
     prompts = random_prompts(6, 24)
     sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.2}
@@ -184,7 +184,7 @@ def test_pipeline_parallel_tokens_equal_one_gpus(name: str, stages: int, size: i
     expected, sampled = generate(one, prompts, 16), generate(one, prompts, 16, **sampling)
     one.shutdown()
     small = {"max_num_batched_tokens": 32, "num_gpu_blocks_override": 30, "max_model_len": 128}
-    for options in ({}, {"enforce_eager": True, "async_scheduling": False}, small):
+    for options in ({}, {"enforce_eager": True, "async_scheduling": False, **small}):
         many = make(
             path, "cuda", max_num_seqs=16, pipeline_parallel_size=stages, tensor_parallel_size=size, **options
         )
@@ -195,9 +195,14 @@ def test_pipeline_parallel_tokens_equal_one_gpus(name: str, stages: int, size: i
 
 
 @pytest.mark.parametrize(
-    "parallel", [{}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["alone", "tp2", "pp2"]
+    ("dtype", "parallel"),
+    [
+        pytest.param("bfloat16", {}, id="bf16"),
+        pytest.param("float32", {}, id="fp32"),
+        pytest.param("bfloat16", {"tensor_parallel_size": 2}, id="tp2"),
+        pytest.param("bfloat16", {"pipeline_parallel_size": 2}, id="pp2"),
+    ],
 )
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_batch_invariant_requests_get_the_same_bits_in_any_company(
     tmp_path: Path, dtype: str, parallel: dict[str, int]
 ) -> None:
@@ -248,9 +253,8 @@ def test_batch_invariant_requests_get_the_same_bits_in_any_company(
     assert len({str(found) for found in alone.values()}) == len(requests)
     shuffled = random.Random(1).sample(requests, len(requests))
     assert bits([requests], max_num_seqs=64) == alone
-    assert bits([shuffled], max_num_seqs=17, max_num_batched_tokens=131) == alone
     assert bits([shuffled[:13], shuffled[13:]], max_num_seqs=33, enforce_eager=True) == alone
-    small = {"max_num_batched_tokens": 64, "num_gpu_blocks_override": 160, "max_model_len": 1200}
+    small = {"max_num_batched_tokens": 71, "num_gpu_blocks_override": 160, "max_model_len": 1200}
     assert bits([shuffled], max_num_seqs=24, **small) == alone
 
 

@@ -21,8 +21,8 @@ from kubeinfer.layers.attention import StepContext
 from kubeinfer.worker.packing import Packing
 from kubeinfer.worker.tables import RowTables
 
-DECODES = (0, 8, 32, 64)
-TOKENS = (64, 128, 256, 512, 1024)
+DECODES = (0, 16, 64)
+TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024)
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.packing import pack
 from kubeinfer.worker.returned_tokens import ReturnedTokens
 from kubeinfer.worker.sampler import Sampler, token_logprobs
-from kubeinfer.worker.tables import RowTables
+from kubeinfer.worker.tables import RowTables, to_device
 
 
 class PendingResult:
@@ -188,7 +188,7 @@ class ModelRunner:
         if self.sampler.is_plain(rows):
             return PendingResult(graphs.tokens[: key[0] + 1], keep=real.tolist())
         positions = starts + np.array([plan.num_tokens[i] for i in plan.sampled], np.int32)
-        logits = graphs.logits[real.to(self.device)]
+        logits = graphs.logits[self._to(real.numpy())]
         tokens, logprobs = self.sampler.sample(logits, rows, positions, plan)
         self.tables.last_tokens[self._to(rows)] = tokens
         return PendingResult(tokens, logprobs)
@@ -316,5 +316,4 @@ class ModelRunner:
         return packing.views(torch.from_numpy(buffer).pin_memory().to(self.device, non_blocking=True))
 
     def _to(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        return to_device(array, self.device)

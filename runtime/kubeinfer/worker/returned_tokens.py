@@ -6,13 +6,12 @@ from collections import deque
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kubeinfer.distributed.pipeline import PARTING_TIME, Pipeline
 from kubeinfer.engine.plan import StepPlan
-from kubeinfer.worker.tables import RowTables
+from kubeinfer.worker.tables import RowTables, to_device
 
 
 class ReturnedTokens:
@@ -49,10 +48,7 @@ class ReturnedTokens:
         for _ in range(count):
             sampled, tokens, handle = self._steps.popleft()
             handle.wait()
-            where = torch.from_numpy(sampled).long()
-            if tokens.is_cuda:
-                where = where.pin_memory().to(tokens.device, non_blocking=True)
-            self._tables.last_tokens[where] = tokens
+            self._tables.last_tokens[to_device(sampled, tokens.device)] = tokens
 
     def close(self) -> None:
         """Wait until every token that was asked for has come."""

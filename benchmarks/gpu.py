@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The README's GPU table: the fixed workloads on models of published shapes with random weights, greedy.
 
-    python benchmarks/gpu.py [--models qwen2-0.5b,qwen2.5-7b] [--workloads W4,W2,W1,W3,W5] [--tp N] [--reps 2] [--json FILE]
+    python benchmarks/gpu.py [--models qwen2-0.5b,qwen2.5-7b] [--workloads W4,W2,W1,W3,W5] [--tp N] [--pp N] [--reps 2] [--json FILE]
 
 Each model runs in a process of its own. Before the timing of a workload a slice of it is run; of several repetitions, each
 with fresh tokens, all are printed. ``start`` is from the import to an engine that takes requests.
@@ -34,7 +34,7 @@ def run_model(args: argparse.Namespace) -> None:
         began_engine = time.perf_counter()
         llm = LLM(
             str(folder), load_format="dummy", dtype="bfloat16", max_model_len=8192, gpu_memory_utilization=0.9,
-            tensor_parallel_size=args.tp,
+            tensor_parallel_size=args.tp, pipeline_parallel_size=args.pp, batch_invariant=args.batch_invariant,
         )  # fmt: skip
     emit(
         args,
@@ -77,7 +77,9 @@ def run_model(args: argparse.Namespace) -> None:
 
 
 def emit(args: argparse.Namespace, **values: Any) -> None:
-    line = json.dumps({"model": args.models, "tp": args.tp, **values})
+    line = json.dumps(
+        {"model": args.models, "tp": args.tp, "pp": args.pp, "invariant": args.batch_invariant, **values}
+    )
     print(line, flush=True)
     if args.json:
         with open(args.json, "a", encoding="utf-8") as file:
@@ -91,6 +93,8 @@ def main() -> int:
     parser.add_argument("--models", default="qwen2-0.5b,qwen2.5-7b")
     parser.add_argument("--workloads", default="W4,W2,W1,W3,W5")
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--reps", type=int, default=2)
     parser.add_argument("--json", help="append the lines to this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -104,6 +108,9 @@ def main() -> int:
         command += [
             "--tp",
             str(args.tp),
+            "--pp",
+            str(args.pp),
+            *(["--batch-invariant"] if args.batch_invariant else []),
             "--reps",
             str(args.reps),
             *(["--json", args.json] if args.json else []),

@@ -144,6 +144,7 @@ def expected(prompt: list[int], count: int) -> list[int]:
 @given(
     seed=st.integers(0, 2**32),
     depth=st.sampled_from([1, 2]),
+    stages=st.sampled_from([1, 1, 2, 3, 4]),
     block_size=st.sampled_from([2, 4, 8]),
     tight=st.booleans(),
     policy=st.sampled_from(["fcfs", "priority"]),
@@ -154,6 +155,7 @@ def expected(prompt: list[int], count: int) -> list[int]:
 def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
     seed: int,
     depth: int,
+    stages: int,
     block_size: int,
     tight: bool,
     policy: str,
@@ -173,8 +175,10 @@ def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
         max_copies_in=max_copies_in,
         policy=policy,
         long_prefill_token_threshold=threshold,
+        num_stages=stages,
+        wait_for_tokens=depth == 1,
     )
-    engine = Engine(scheduler, device, depth)
+    engine = Engine(scheduler, device, stages - 1 + depth)
     shared = [rng.randrange(VOCAB) for _ in range(16)]
     wanted: dict[str, list[int]] = {}
     got: dict[str, list[int]] = {}
@@ -208,6 +212,32 @@ def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
             assert got[name] == tokens
     assert scheduler.kv_cache.num_free == scheduler.kv_cache.num_usable
     scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_each_stage_of_a_pipeline_has_an_equal_share_of_the_decodes(stages: int, overlap: bool) -> None:
+    scheduler, device = make(1000, 4, 64, 512, num_stages=stages, wait_for_tokens=not overlap)
+    engine = Engine(scheduler, device, stages + overlap)
+    for i in range(26):
+        scheduler.add(request(f"r{i}", [i, 1, 2], 100))
+    for _ in range(60):
+        engine.step()
+    share = -(-26 // stages)
+    for first in range(30, 50):
+        together = [set(plan.rows) for plan in engine.plans[first : first + stages]]
+        assert sum(map(len, together)) == len(set.union(*together)) == 26  # every request once, none twice
+        assert all(0 < len(rows) <= share for rows in together)
+    engine.run()
+
+
+def test_a_pipeline_with_fewer_requests_than_stages_still_plans_ahead() -> None:
+    scheduler, device = make(100, 4, 8, 64, num_stages=4)
+    engine = Engine(scheduler, device, 5)
+    scheduler.add(request("a", [1, 2, 3], 20))
+    assert engine.step() == engine.step() == engine.step() == []
+    assert len(engine.pending) == 3
+    assert engine.run()["a"] == expected([1, 2, 3], 20)
 
 
 def test_prefix_hits_are_used_and_counted() -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kubeinfer.distributed.peer_memory import PeerMemory, allocate, usable_programs
+from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.norm import fused_add_rms_norm
 
 logger = logging.getLogger(__name__)
@@ -22,10 +24,21 @@ _PEER_BYTES = 8 * 2**20  # of a sum that nothing is fused with: beyond it NCCL's
 
 
 class TorchGroup:
-    """All ranks of one engine. Every rank makes its calls in the same order."""
+    """The ranks that share a stage's layers: all ranks of an engine without pipeline stages.
 
-    def __init__(self, rank: int, size: int, init_method: str, device: torch.device, peer_memory: bool):
-        self.rank = rank
+    ``rank`` counts over all stages, ``size`` ranks a stage. Every rank makes its calls in the same order.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        init_method: str,
+        device: torch.device,
+        peer_memory: bool,
+        num_stages: int = 1,
+    ):
+        self.rank = rank % size
         self.size = size
         self.device = device
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -34,11 +47,17 @@ class TorchGroup:
             backend,
             init_method=init_method,
             rank=rank,
-            world_size=size,
+            world_size=size * num_stages,
             timeout=timedelta(minutes=10),
             device_id=device if device.type == "cuda" else None,
         )
-        self._name: str = dist.group.WORLD.group_name
+        self._group: Any = dist.group.WORLD
+        if num_stages > 1:
+            for stage in range(num_stages):  # every rank takes part in making every group
+                group = dist.new_group(list(range(stage * size, (stage + 1) * size)))
+                if stage == rank // size:
+                    self._group = group
+        self._name: str = self._group.group_name
         self._peer: PeerMemory | None = None
         self._wants_peer = peer_memory and device.type == "cuda" and size > 1
 
@@ -66,13 +85,27 @@ class TorchGroup:
         return self._peer.lend(rows, width, dtype) if self._peer is not None else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        if self.size == 1:
+            return x
+        if batch_invariant():
+            return self._sum_in_order(x)
         peer, num_bytes = self._peer, x.numel() * x.element_size()
         if peer is None or not _takes(peer, x) or num_bytes > min(peer.one_shot_bytes, _PEER_BYTES):
             if peer is not None and peer.holds(x):
                 x = x.clone()  # the next call's part goes where this one is
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self._group)
             return x
         return peer.sum(x)
+
+    def _sum_in_order(self, x: Tensor) -> Tensor:
+        """The sum from the first rank to the last in fp32, whatever the size of ``x``: libraries choose an order by it."""
+        gathered = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered.view(-1, *x.shape[1:]), x.contiguous(), group=self._group)
+        total = gathered[0].float()
+        for part in gathered[1:]:
+            total += part
+        return total.to(x.dtype)
 
     def all_reduce_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -97,11 +130,12 @@ class TorchGroup:
         gathered = torch.empty(self.size * x.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
         # torch 2.13 has renamed it
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(gathered, x.contiguous())
+        gather(gathered, x.contiguous(), group=self._group)
         whole = gathered.view(self.size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1)[:, :width]
         return whole.contiguous() if out is None else out.copy_(whole)
 
     def smallest(self, value: int) -> int:
+        """The smallest over all ranks of all stages."""
         tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor.item())

@@ -45,6 +45,8 @@ class EngineCore:
                 long_prefill_token_threshold=options.long_prefill_token_threshold,
                 enable_chunked_prefill=options.enable_chunked_prefill,
                 policy=options.scheduling_policy,
+                num_stages=options.pipeline_parallel_size,
+                wait_for_tokens=executor.depth <= options.pipeline_parallel_size,
             ),
             kv_cache,
         )
@@ -143,11 +145,12 @@ def make_core(options: EngineOptions, serving: bool = False) -> EngineCore:
     ``serving``: streams are read as they come, so that steps are kept short where no option says otherwise.
     """
     from kubeinfer.distributed.executor import make_executor
-    from kubeinfer.engine.defaults import check_dtype, resolve_defaults, step_limits
+    from kubeinfer.engine.defaults import check_batch_invariant, check_dtype, resolve_defaults, step_limits
     from kubeinfer.model_config import load_model_config
 
     options = resolve_defaults(options)
     model_config = check_dtype(options, load_model_config(options))
+    check_batch_invariant(options, model_config)
     limits = step_limits(options, model_config, serving)
     from kubeinfer.worker.worker import Worker
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kubeinfer.errors import OptionError
-from kubeinfer.options import EngineOptions, target_device
+from kubeinfer.options import EngineOptions, target_device, wants_batch_invariance
 
 if TYPE_CHECKING:
     from kubeinfer.model_config import ModelConfig
@@ -49,6 +49,8 @@ def resolve_defaults(options: EngineOptions) -> EngineOptions:
     changes: dict[str, object] = {"device": device}
     if options.block_size is None:
         changes["block_size"] = 16 if device == "cuda" else 32
+    if wants_batch_invariance():
+        changes["batch_invariant"] = True
     if options.distributed_executor_backend == "ray":
         raise OptionError(
             "distributed_executor_backend ray is not supported: several GPUs of one pod need mp (the default); "
@@ -57,12 +59,13 @@ def resolve_defaults(options: EngineOptions) -> EngineOptions:
         )
     if options.runner == "pooling" or options.convert not in ("auto", "none"):
         raise OptionError("pooling models (--runner pooling, --convert) are not supported yet.", "runner")
-    if options.distributed_executor_backend == "uni" and options.tensor_parallel_size > 1:
-        raise OptionError(
-            f"distributed_executor_backend uni is one process, but tensor_parallel_size {options.tensor_parallel_size} "
-            "needs one a device; use mp.",
-            "distributed_executor_backend",
-        )
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if options.distributed_executor_backend == "uni" and getattr(options, name) > 1:
+            raise OptionError(
+                f"distributed_executor_backend uni is one process, but {name} {getattr(options, name)} needs one a "
+                "device; use mp.",
+                "distributed_executor_backend",
+            )
     for name, why in _NO_EFFECT[device].items():
         if getattr(options, name) != EngineOptions.model_fields[name].default:
             logger.warning("%s has no effect: %s", name, why)
@@ -92,6 +95,20 @@ def check_dtype(options: EngineOptions, model_config: ModelConfig) -> ModelConfi
         )
     logger.warning("%s has no bfloat16 (compute capability %d.%d): float16 is used", name, major, minor)
     return replace(model_config, dtype="float16")
+
+
+def check_batch_invariant(options: EngineOptions, model_config: ModelConfig) -> None:
+    """Raises :class:`OptionError` where batch invariance was asked for and cannot be kept."""
+    if not options.batch_invariant:
+        return
+    method = (model_config.hf_config.get("quantization_config") or {}).get("quant_method")
+    method = options.quantization or method
+    if method not in (None, "gguf"):
+        raise OptionError(
+            f"batch_invariant does not work with quantization {method}: its kernels sum in an order that depends on the "
+            "batch. Use the model's unquantized or GGUF weights, or leave batch_invariant out.",
+            "batch_invariant",
+        )
 
 
 def step_limits(options: EngineOptions, model_config: ModelConfig, serving: bool) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 There are no phases: a request has tokens known and tokens computed, and a step hands out one token budget, running
 requests first, then waiting ones. Chunked prefill, prefix hits and resuming after preemption all follow from that.
 A step may be planned while the one before is in flight: its sampled tokens count as known though their values are not.
+In a pipeline of S stages S steps run at once: each takes an S-th of the decodes, so that they wait for none before them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0
     enable_chunked_prefill: bool = True
     policy: str = "fcfs"
+    num_stages: int = 1  # of the pipeline
+    wait_for_tokens: bool = False  # plan no decode whose token is in flight
 
 
 class WaitingQueue:
@@ -148,15 +151,25 @@ class Scheduler:
             self.running.sort(key=lambda r: r.sort_key)
 
         running = self.running
+        # Steps that follow one another hold different decodes, as many as there are stages, or requests if they are fewer.
+        apart = min(config.num_stages, len(running))
+        most_decodes = -(-len(running) // config.num_stages)
         index = 0
         while index < len(running) and budget > 0:
             request = running[index]
             index += 1
             in_flight = request.num_in_flight
             total = len(request.token_ids) + in_flight
-            if in_flight and (total >= request.max_total or request.needs_history):
-                continue  # its last token is on its way, or the next one depends on it
+            if in_flight and (
+                total >= request.max_total
+                or request.needs_history
+                or config.wait_for_tokens
+                or self.num_steps + 1 - request.last_step < apart
+            ):
+                continue  # its last token is on its way, the next one depends on it, or it belongs to another step
             num_new = total - request.num_computed
+            if num_new == 1 and len(decodes) >= most_decodes:
+                continue
             if num_new > 1:
                 num_new = min(num_new, threshold, budget)
             end = request.num_computed + num_new
@@ -281,11 +294,12 @@ class Scheduler:
             rows.append(request.row)
             starts.append(request.num_computed - num_new)
             num_tokens.append(num_new)
+        self.num_steps += 1
         for request in samplers:
             request.num_in_flight += 1
+            request.last_step = self.num_steps
         self._in_flight.append(samplers)
         released, self._released_rows = self._released_rows, []
-        self.num_steps += 1
         copies_out, copies_in = self.kv_cache.take_copies()
         return StepPlan(
             self.num_steps,

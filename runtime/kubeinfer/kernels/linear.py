@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kubeinfer.kernels import tuned
+from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.cpu import library as cpu
 
 if TYPE_CHECKING:
@@ -48,11 +49,17 @@ def linear(
 
     ``out`` (on GPUs) is written where given, and returned.
     """
+    if batch_invariant() and packed is None:
+        return _linear_by_rows(x, weight, bias, out)
     config = few_rows_config(x, weight, weight.shape[0], "plain")
     if config is not None:
         from kubeinfer.kernels.triton_linear import linear_triton
 
         return linear_triton(x, weight, bias, _new(x, weight.shape[0]) if out is None else out, config)
+    if x.is_cuda:
+        cut = whole_waves(x.shape[0], weight.shape[0], x.shape[1])
+        if cut:
+            return _in_two(x, weight, bias, _new(x, weight.shape[0]) if out is None else out, cut)
     if out is not None:
         if bias is not None:
             return torch.addmm(bias, x, weight.t(), out=out)
@@ -62,10 +69,33 @@ def linear(
     return F.linear(x, weight, bias)
 
 
+def logits(
+    hidden: Tensor, weight: Tensor, packed: PackedWeight | None = None, out: Tensor | None = None
+) -> Tensor:
+    """``hidden [N, H] @ weight[V, H]^T`` -> ``[N, V]``; in fp32 by our CPU kernel: bfloat16 would make near values equal."""
+    if packed is not None and out is None:
+        return cpu.logits(hidden.contiguous(), packed.data, packed.out_features)
+    return linear(hidden, weight, None, packed, out)
+
+
+def _linear_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """`linear`, each row for itself: on GPUs one tile and one order of sums for any ``T``, on CPUs a row at a time."""
+    if x.is_cuda:
+        from kubeinfer.kernels.triton_matmul import matmul_triton
+
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return matmul_triton(x, weight, bias, _new(x, weight.shape[0]) if out is None else out)
+    if not x.shape[0]:
+        return _new(x, weight.shape[0])
+    # Cloned, as the order of sums may depend on how a row is aligned too.
+    return torch.cat([F.linear(row.clone(), weight, bias) for row in x.split(1)])
+
+
 def few_rows(x: Tensor) -> bool:
     """Whether ``x`` is a few tokens of 16-bit numbers on a GPU: what our kernel may serve."""
     return (
         x.is_cuda
+        and not batch_invariant()
         and x.dim() == 2
         and 0 < x.shape[0] <= MAX_FEW_ROWS
         and x.dtype in (torch.bfloat16, torch.float16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kubeinfer.kernels.embedding import vocab_parallel_embedding
-from kubeinfer.kernels.linear import PackedWeight, linear, pack_weight
+from kubeinfer.kernels.linear import PackedWeight, linear, logits, pack_weight
 from kubeinfer.layers.parameters import ParameterStore
 
 
@@ -42,7 +42,7 @@ class VocabEmbedding:
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """``hidden [N, H]`` -> ``[N, vocab_size]``, on every rank; into ``out`` where given."""
         if self.group.size == 1:
-            return linear(hidden, self.weight, None, self._packed, out)
+            return logits(hidden, self.weight, self._packed, out)
         buffer = self.group.gather_buffer(hidden.shape[0], self.weight.shape[0], hidden.dtype)
         part = linear(hidden, self.weight, None, self._packed, buffer)
         return self.group.all_gather(part, self.vocab_size, out)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kubeinfer.errors import ModelLoadError
-from kubeinfer.layers.parallel import Group
+from kubeinfer.layers.parallel import Group, Stage
 
 # Buffers that some exporters save and no layer reads.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias_mask", "rope_freqs.weight")
@@ -63,11 +63,17 @@ class ParameterStore:
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, group: Group, host: HostLayers | None = None
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group,
+        host: HostLayers | None = None,
+        stage: Stage | None = None,
     ):
         self.device = device
         self.dtype = dtype
         self.group = group
+        self.stage = stage or Stage()
         self.host = host
         self.slots: dict[str, list[Slot]] = {}
         self.tensors: list[Tensor] = []
@@ -102,9 +108,15 @@ class ParameterStore:
         """Checkpoint tensor ``name`` (or its slice along ``dim``) belongs in ``into``."""
         self.slots.setdefault(name, []).append(Slot(into, dim, start, length))
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], optional: frozenset[str] = frozenset()) -> None:
+    def load(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        optional: frozenset[str] = frozenset(),
+        elsewhere: tuple[str, ...] = (),
+    ) -> None:
         """Copy every tensor to its place. ``optional`` names may be there or not (a tied head's copy).
 
+        Names that begin like one of ``elsewhere`` are other stages'.
         Raises :class:`ModelLoadError` naming what is left over or missing.
         """
         left_over = []
@@ -112,7 +124,7 @@ class ParameterStore:
             # A checkpoint saved from the model without its head lacks the prefix (facebook/opt-125m).
             slots = self.slots.get(name) or self.slots.get(f"model.{name}")
             if slots is None:
-                if name not in optional and not name.endswith(_IGNORED_ENDINGS):
+                if not (name in optional or name.endswith(_IGNORED_ENDINGS) or belongs(name, elsewhere)):
                     left_over.append(name)
                 continue
             for slot in slots:
@@ -145,6 +157,11 @@ class ParameterStore:
                 made.normal_(0.0, 0.02, generator=generator)
             if made is not tensor:
                 tensor.copy_(made)
+
+
+def belongs(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether checkpoint tensor ``name`` begins like one of ``prefixes``, which are written with ``model.``."""
+    return name.startswith(prefixes) or f"model.{name}".startswith(prefixes)
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -82,21 +82,30 @@ class LlamaForCausalLM:
     def __init__(self, config: ModelConfig, store: ParameterStore):
         self.config = config
         self.group = store.group
-        self.embedding = VocabEmbedding(store, "model.embed_tokens", config.vocab_size, config.hidden_size)
+        stage, tied, total = store.stage, config.tie_word_embeddings, config.num_layers
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = VocabEmbedding(store, "model.embed_tokens", *shape) if stage.first else None
         trained = int(config.hf_config.get("max_position_embeddings") or config.max_model_len)
         cos_sin = rope_table(config.rope, config.head_dim, config.max_model_len, trained).to(store.device)
         self.layers = [
             DecoderLayer(store, config, layer, self.attention(store, config, layer, cos_sin))
-            for layer in range(config.num_layers)
+            for layer in stage.layers(total)
         ]
-        self.norm = RMSNorm(store, "model.norm", config.hidden_size, config.norm_eps)
-        tied = config.tie_word_embeddings
-        self.head = (
-            self.embedding
-            if tied
-            else VocabEmbedding(store, "lm_head", config.vocab_size, config.hidden_size)
-        )
+        elsewhere = stage.layers_elsewhere("model.layers", total)
+        self.norm: RMSNorm | None = None
+        self.head: VocabEmbedding | None = None
+        if stage.last:
+            self.norm = RMSNorm(store, "model.norm", config.hidden_size, config.norm_eps)
+            if tied and self.embedding is not None:
+                self.head = self.embedding
+            else:
+                self.head = VocabEmbedding(store, "model.embed_tokens" if tied else "lm_head", *shape)
+        else:
+            elsewhere += ["model.norm.", "lm_head."]
+        if not (stage.first or (stage.last and tied)):
+            elsewhere.append("model.embed_tokens.")
         self.optional_weights = frozenset({"lm_head.weight"} if tied else ())
+        self.weights_elsewhere = tuple(elsewhere)  # beginnings of names that belong to other stages
         self.stack: DecoderStack | None = None
 
     def attention(
@@ -112,7 +121,8 @@ class LlamaForCausalLM:
         for layer in self.layers:
             for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
                 linear.finish_loading()
-        self.head.finish_loading()
+        if self.head is not None:
+            self.head.finish_loading()
         self.stack = self._cpu_stack()
 
     def _cpu_stack(self) -> DecoderStack | None:
@@ -127,15 +137,19 @@ class LlamaForCausalLM:
         )  # fmt: skip
         return decoder_stack(shape, [w for w in weights if w is not None])
 
-    def forward(self, input_ids: Tensor, step: StepContext) -> Tensor:
-        """``input_ids [T]`` -> final hidden states of ``step.wanted`` tokens (all, if None) ``[N, hidden]``."""
-        hidden, residual = self.embedding.embed(input_ids), None
+    def forward(self, inputs: Tensor, step: StepContext) -> Tensor:
+        """Token ids ``[T]``, or the hidden states ``[T, hidden]`` of the stage before -> those after this stage.
+
+        The last stage's are normed, and of ``step.wanted`` tokens only (all, if None); what stages hand on is the whole
+        residual stream.
+        """
+        hidden, residual = inputs if self.embedding is None else self.embedding.embed(inputs), None
         if self.stack is not None:
             hidden = self.stack(
                 hidden, step.positions, step.slot_mapping, step.query_start, step.seq_lens, step.block_table,
                 step.kv_caches, step.wanted,
             )  # fmt: skip
-            return self.norm(hidden, None)[0]
+            return hidden if self.norm is None else self.norm(hidden, None)[0]
         for layer in self.layers[:-1]:
             hidden, residual = layer(hidden, residual, step)
         last = self.layers[-1]
@@ -145,10 +159,14 @@ class LlamaForCausalLM:
             hidden, residual = last.finish(hidden, residual, step.wanted, step)
             if not hidden.shape[0]:
                 return hidden
+        if self.norm is None:
+            return hidden if residual is None else self.group.all_reduce_add(hidden, residual)
         if residual is None:
             return self.norm(hidden, None)[0]
         return self.norm.of_sum(self.group, hidden, residual)[0]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """``hidden [N, H]`` -> ``[N, vocab_size]``; into ``out`` where given."""
+        """``hidden [N, H]`` -> ``[N, vocab_size]``; into ``out`` where given. The last stage's."""
+        if self.head is None:
+            raise RuntimeError("only the last stage has the output head")
         return self.head.logits(hidden, out)

@@ -100,7 +100,8 @@ def cpu_kv_blocks(options: EngineOptions, config: ModelConfig, per_block: int, m
     elif options.cpu_kvcache_space is not None:
         budget, source = int(options.cpu_kvcache_space * _GIB), "--cpu-kvcache-space"
     else:
-        budget, source = int(free * _CPU_SHARE), ""
+        ranks = options.tensor_parallel_size * options.pipeline_parallel_size
+        budget, source = int(free * _CPU_SHARE) // ranks, ""
     if source and budget > free:
         raise OptionError(
             f"{source} asks for {budget / _GIB:.1f} GiB of KV cache, but only {free / _GIB:.1f} GiB of memory are free "

@@ -12,6 +12,7 @@ from torch import Tensor
 from kubeinfer.engine.messages import TokenLogprobs
 from kubeinfer.engine.plan import NewRow, StepPlan
 from kubeinfer.kernels import sampling as kernels
+from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.worker.tables import to_device
 
 _NEVER = float("-inf")
@@ -242,6 +243,11 @@ def _ends_with(history: list[int], prefix: list[int]) -> bool:
 def token_logprobs(logits: Tensor, tokens: Tensor, counts: list[int]) -> list[TokenLogprobs]:
     """For each row of ``logits [N, V]``: the chosen token's log-probability and rank, then the ``counts[i]`` likeliest
     (-1: all)."""
+    if (
+        batch_invariant() and len(counts) > 1
+    ):  # which of equal entries come first may depend on rows and on their number
+        rows = zip(logits.split(1), tokens.split(1), counts, strict=True)
+        return [entry for row, token, count in rows for entry in token_logprobs(row, token, [count])]
     vocab = logits.shape[1]
     wanted = [vocab if c < 0 else min(c, vocab) for c in counts]
     chosen, ranks, values, ids = kernels.logprobs(logits, tokens, max(wanted, default=0))

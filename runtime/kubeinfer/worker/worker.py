@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from kubeinfer.distributed.executor import CacheSpec
+from kubeinfer.distributed.pipeline import Pipeline
 from kubeinfer.engine.plan import StepPlan
 from kubeinfer.errors import ModelLoadError
-from kubeinfer.layers.parallel import Group, SingleGroup
-from kubeinfer.layers.parameters import HostLayers, ParameterStore
+from kubeinfer.kernels.batch_invariance import use_batch_invariance
+from kubeinfer.layers.parallel import Group, SingleGroup, Stage
+from kubeinfer.layers.parameters import HostLayers, ParameterStore, belongs
 from kubeinfer.model_config import ModelConfig
 from kubeinfer.models.registry import model_class
 from kubeinfer.options import EngineOptions
@@ -53,14 +55,19 @@ class Worker:
         max_num_seqs: int,
         max_tokens: int,
         group: Group | None = None,
+        pipeline: Pipeline | None = None,
     ):
         self.options = options
         self.model_config = model_config
         self.max_num_seqs = max_num_seqs
         self.max_tokens = max_tokens
         self.group: Group = group or SingleGroup()
+        self.pipeline = pipeline
+        self.stage = pipeline.stage if pipeline is not None else Stage()
+        self.num_layers = len(self.stage.layers(model_config.num_layers))
         self.is_gpu = options.device == "cuda"
-        self.device = torch.device("cuda", self.group.rank) if self.is_gpu else torch.device("cpu")
+        index = self.stage.index * self.group.size + self.group.rank
+        self.device = torch.device("cuda", index) if self.is_gpu else torch.device("cpu")
         self.dtype: torch.dtype = getattr(torch, model_config.dtype)
         self.cache_dtype = self.dtype
         self._ranks = options.tensor_parallel_size * options.pipeline_parallel_size  # they share one host
@@ -70,12 +77,13 @@ class Worker:
 
     def start(self) -> CacheSpec:
         """Weights, then the KV cache from what is left. Raises ``ModelLoadError`` or ``OptionError``."""
+        use_batch_invariance(self.options.batch_invariant)
         seconds: dict[str, float] = {}
         began = time.perf_counter()
         if self.is_gpu:
             torch.cuda.set_device(self.device)
         elif "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(usable_cpus())
+            torch.set_num_threads(max(1, usable_cpus() // self._ranks))
         model, store = self._load_model()
         seconds["weights"] = round(time.perf_counter() - began, 3)
         began = time.perf_counter()
@@ -84,9 +92,7 @@ class Worker:
         fp8 = self.options.kv_cache_dtype != "auto"
         self.cache_dtype = torch.float8_e4m3fn if fp8 else self.dtype
         itemsize = self.cache_dtype.itemsize
-        per_block = block_bytes(
-            self.model_config, block_size, itemsize, kv_heads, self.model_config.num_layers
-        )
+        per_block = block_bytes(self.model_config, block_size, itemsize, kv_heads, self.num_layers)
         if self.is_gpu:
             peak = profile_largest_step(
                 model,
@@ -94,14 +100,14 @@ class Worker:
                 block_size,
                 self.max_tokens,
                 self.max_num_seqs,
+                self.stage,
                 self._key(),
                 self.group,
             )
             seconds["profile"] = round(time.perf_counter() - began, 3)
             began = time.perf_counter()
-        num_host_blocks = self.num_host_blocks(per_block)
+        num_host_blocks = self.group.smallest(self.num_host_blocks(per_block))
         if num_host_blocks:
-            num_host_blocks = self.group.smallest(num_host_blocks)
             self.swapper = BlockSwapper(num_host_blocks, per_block, self.device)
         if self.is_gpu:
             num_blocks = gpu_kv_blocks(
@@ -112,7 +118,16 @@ class Worker:
         num_blocks = self.group.smallest(num_blocks)
         kv_caches = self._make_kv_caches(num_blocks, kv_heads, block_size)
         max_blocks = -(-min(self.model_config.max_model_len, (num_blocks - 1) * block_size) // block_size)
-        self.runner = ModelRunner(model, kv_caches, block_size, self.max_num_seqs, max_blocks, self.device)
+        self.runner = ModelRunner(
+            model,
+            kv_caches,
+            block_size,
+            self.max_num_seqs,
+            max_blocks,
+            self.device,
+            self.pipeline,
+            self.options.batch_invariant,
+        )
         seconds["kv_cache"] = round(time.perf_counter() - began, 3)
         if self.is_gpu:
             began = time.perf_counter()
@@ -143,16 +158,21 @@ class Worker:
     def _load_model(self) -> tuple[Any, ParameterStore]:
         config = self.model_config
         self.group.reserve(self.max_tokens, config.hidden_size, self.dtype)
-        store = ParameterStore(self.device, self.dtype, self.group, host=self._host_layers())
+        store = ParameterStore(self.device, self.dtype, self.group, self._host_layers(), self.stage)
         model = model_class(config.architecture)(config, store)
         if self.options.load_format == "dummy":
             store.fill_random(self.options.seed)
         else:
             from kubeinfer.weights.readers import iterate_tensors
 
+            elsewhere: tuple[str, ...] = model.weights_elsewhere
+
+            def wanted(name: str) -> bool:
+                return not belongs(name, elsewhere)
+
             try:
                 store.load(
-                    iterate_tensors(config.path, self.options.load_format, dtype=self.dtype),
+                    iterate_tensors(config.path, self.options.load_format, wanted, self.dtype),
                     model.optional_weights,
                 )
             except ModelLoadError as exc:
@@ -177,7 +197,7 @@ class Worker:
         if not asked:
             return None
         free = self._free_host_bytes()  # every rank takes part, whatever it chooses
-        measure = ParameterStore(torch.device("meta"), self.dtype, self.group)
+        measure = ParameterStore(torch.device("meta"), self.dtype, self.group, stage=self.stage)
         model_class(self.model_config.architecture)(self.model_config, measure)
         chosen = choose_layers(measure.layer_bytes, asked)
         sizes = [measure.layer_bytes[layer] for layer in chosen]
@@ -202,18 +222,20 @@ class Worker:
         shape = (2, num_blocks, kv_heads, block_size, self.model_config.head_dim)
         # Not zeroed: a page is written before it is read, and untouched pages of host memory cost nothing.
         return [
-            torch.empty(shape, dtype=self.cache_dtype, device=self.device)
-            for _ in range(self.model_config.num_layers)
+            torch.empty(shape, dtype=self.cache_dtype, device=self.device) for _ in range(self.num_layers)
         ]
 
     def execute(self, plan: StepPlan) -> PendingResult:
         if self.runner is None:
             raise RuntimeError("the worker was not started")
+        use_batch_invariance(self.options.batch_invariant)  # another engine of this process may differ
         if self.swapper is not None:
             self.swapper.apply(plan)
         return self.runner.execute(plan)
 
     def shutdown(self) -> None:
+        if self.runner is not None:
+            self.runner.close()
         if self.swapper is not None:
             self.swapper.close()
             self.swapper = None

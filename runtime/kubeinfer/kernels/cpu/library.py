@@ -22,6 +22,7 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ki_pack_linear": (None, [_P, _I, _I, _P]),
     "ki_linear": (None, [_P, _I, _P, _P, _P, _I, _I, _I, _I]),
+    "ki_logits": (None, [_P, _P, _P, _I, _I, _I]),
     "ki_rms_norm": (None, [_P, _I, _P, _P, _P, _I, _I, _F]),
     "ki_silu_and_mul": (None, [_P, _P, _I, _I]),
     "ki_rope_and_cache": (None, [_P, _P, _P, _I, _P, _P, _I, _P, _P, _I, _I, _P, _P, _F, _I, _I, _I, _I]),
@@ -126,6 +127,14 @@ def linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) ->
     return out
 
 
+def logits(hidden: Tensor, packed: Tensor, vocab_size: int) -> Tensor:
+    """``hidden [N, H]`` (contiguous) times a packed weight: fp32 ``[N, vocab_size]``."""
+    rows, in_features = hidden.shape
+    out = torch.empty(rows, vocab_size, dtype=torch.float32)
+    library().ki_logits(hidden.data_ptr(), packed.data_ptr(), out.data_ptr(), rows, vocab_size, in_features)
+    return out
+
+
 def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """``norm(x + residual) * weight``; ``residual`` becomes the sum. ``x [T, H]``."""
     rows, size = x.shape
@@ -197,7 +206,7 @@ def attention(
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Index of the first largest entry of each row of ``logits [B, V]``: int64 ``[B]``."""
+    """Index of the first largest entry of each row of fp32 ``logits [B, V]``: int64 ``[B]``."""
     out = torch.empty(logits.shape[0], dtype=torch.int64)
     library().ki_argmax(logits.data_ptr(), logits.stride(0), logits.shape[0], logits.shape[1], out.data_ptr())
     return out

@@ -151,6 +151,40 @@ TARGET void gated_linear_part(const team *t, const bf16 *x, int64_t ldx, const b
         }
 }
 
+/* y[M,N] = x[M,K] w^T in fp32: logits, whose differences bfloat16 would round away */
+static TARGET void logits_part(const team *t, const bf16 *x, const bf16 *packed, float *y, int64_t M, int64_t N, int64_t K) {
+    int64_t panels = (N + PANEL - 1) / PANEL, K2 = K / 2, chunks = (M + CHUNK - 1) / CHUNK, tasks = panels * chunks;
+    if (M == 1) {
+        int64_t grain = grain_of(t, panels, 4);
+        for (int64_t p = team_claim(t, grain); p < panels; p = team_claim(t, grain)) {
+            float c[4 * PANEL];
+            int64_t count = panels - p < grain ? panels - p : grain, left = N - p * PANEL;
+            row_panels(x, packed + p * PANEL * K, K2, count, c);
+            memcpy(y + p * PANEL, c, (size_t)(left < count * PANEL ? left : count * PANEL) * sizeof(float));
+        }
+        return;
+    }
+    int64_t grain = grain_of(t, tasks, chunks);
+    for (int64_t first = team_claim(t, grain); first < tasks; first = team_claim(t, grain))
+        for (int64_t i = first; i < first + grain && i < tasks; i++) {
+            float c[CHUNK * PANEL];
+            int64_t p = i / chunks, m0 = i % chunks * CHUNK, rows = M - m0 < CHUNK ? M - m0 : CHUNK;
+            int64_t width = N - p * PANEL < PANEL ? N - p * PANEL : PANEL;
+            panel_product(x + m0 * K, K, rows, packed + p * PANEL * K, K2, c, PANEL);
+            for (int64_t m = 0; m < rows; m++)
+                memcpy(y + (m0 + m) * N + p * PANEL, c + m * PANEL, (size_t)width * sizeof(float));
+        }
+}
+
+TARGET void ki_logits(const bf16 *x, const bf16 *packed, float *y, int64_t M, int64_t N, int64_t K) {
+    team_shared shared = {0};
+#pragma omp parallel
+    {
+        team t = {omp_get_thread_num(), omp_get_num_threads(), &shared};
+        logits_part(&t, x, packed, y, M, N, K);
+    }
+}
+
 TARGET void ki_linear(const bf16 *x, int64_t ldx, const bf16 *packed, const bf16 *bias, bf16 *y, int64_t ldy,
                       int64_t M, int64_t N, int64_t K) {
     team_shared shared = {0};

@@ -82,20 +82,20 @@ TARGET void rope_and_cache_part(const team *team, const rope_args *a) {
 }
 
 /* The first of the largest entries of each row. */
-TARGET void ki_argmax(const bf16 *x, int64_t ld, int64_t B, int64_t V, int64_t *out) {
+TARGET void ki_argmax(const float *x, int64_t ld, int64_t B, int64_t V, int64_t *out) {
 #pragma omp parallel for schedule(static)
     for (int64_t b = 0; b < B; b++) {
-        const bf16 *row = x + b * ld;
+        const float *row = x + b * ld;
         __m512 top = _mm512_set1_ps(-INFINITY);
         for (int64_t v = 0; v < V; v += 16) {
             __mmask16 m = V - v >= 16 ? 0xffff : (__mmask16)((1u << (V - v)) - 1);
-            top = _mm512_mask_max_ps(top, m, top, load_bf16_tail(row + v, m));
+            top = _mm512_mask_max_ps(top, m, top, _mm512_maskz_loadu_ps(m, row + v));
         }
         float best = _mm512_reduce_max_ps(top);
         out[b] = 0;
         for (int64_t v = 0; v < V; v += 16) {
             __mmask16 m = V - v >= 16 ? 0xffff : (__mmask16)((1u << (V - v)) - 1);
-            __mmask16 hit = _mm512_mask_cmp_ps_mask(m, load_bf16_tail(row + v, m), _mm512_set1_ps(best), _CMP_EQ_OQ);
+            __mmask16 hit = _mm512_mask_cmp_ps_mask(m, _mm512_maskz_loadu_ps(m, row + v), _mm512_set1_ps(best), _CMP_EQ_OQ);
             if (hit) { out[b] = v + __builtin_ctz(hit); break; }
         }
     }

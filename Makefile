@@ -12,7 +12,7 @@ CODE := runtime operator gateway tests e2e benchmarks examples images charts/gen
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
-$(STAMP): pyproject.toml constraints.txt setup.py runtime/kubeinfer/kernels/cpu/kernels.c
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard runtime/kubeinfer/kernels/cpu/*.[ch])
 	@test -x $(BIN)/python || { echo "Making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kubeinfer needs Python 3.11 or later; set PYTHON=python3.11"; exit 1; }
 	@echo "Installing (the first time takes a few minutes)"
@@ -51,7 +51,7 @@ e2e: $(STAMP)  ## the whole on a real Kubernetes ($$KUBECONFIG, else one from De
 	PYTHON=$(abspath $(BIN)/python) e2e/run
 
 test-gpu:  ## every GPU test; run it on a machine with a GPU, torch and triton
-	PYTHONPATH=runtime:tests $(PYTHON) -m pytest -c tests/gpu.ini -q -m gpu tests/kernels tests/engine/test_gpu.py $(PYTEST_ARGS)
+	PYTHONPATH=runtime:tests $(PYTHON) -m pytest -c tests/gpu.ini -q -m gpu tests/kernels tests/engine/test_gpu.py tests/engine/test_gpu_offload.py $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## the CPU benchmark of the README
 	$(BIN)/python benchmarks/cpu.py

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The README's GPU table: the fixed workloads on models of published shapes with random weights, greedy.
 
-    python benchmarks/gpu.py [--models qwen2-0.5b,qwen2.5-7b] [--workloads W4,W2,W1,W3,W5] [--tp N] [--reps 2] [--json FILE]
+    python benchmarks/gpu.py [--models qwen2-0.5b,qwen2.5-7b] [--workloads W4,W2,W1,W3,W5] [--tp N] [--pp N] [--reps 2] [--json FILE]
         [--quantization fp8|fp8-block|awq|gptq]
 
 Each model runs in a process of its own. Before the timing of a workload a slice of it is run; of several repetitions, each
@@ -44,8 +44,8 @@ def run_model(args: argparse.Namespace) -> None:
         began_engine = time.perf_counter()
         llm = LLM(
             str(folder), load_format="dummy", dtype="bfloat16", max_model_len=8192, gpu_memory_utilization=0.9,
-            tensor_parallel_size=args.tp, quantization="fp8" if args.quantization == "fp8" else None,
-            hf_overrides=overrides,
+            tensor_parallel_size=args.tp, pipeline_parallel_size=args.pp, batch_invariant=args.batch_invariant,
+            quantization="fp8" if args.quantization == "fp8" else None, hf_overrides=overrides,
         )  # fmt: skip
     emit(
         args,
@@ -89,7 +89,12 @@ def run_model(args: argparse.Namespace) -> None:
 
 def emit(args: argparse.Namespace, **values: Any) -> None:
     quantized = {"quantization": args.quantization} if args.quantization else {}
-    line = json.dumps({"model": args.models, "tp": args.tp, **quantized, **values})
+    line = json.dumps(
+        {
+            "model": args.models, "tp": args.tp, "pp": args.pp, "invariant": args.batch_invariant, **quantized,
+            **values,
+        }
+    )  # fmt: skip
     print(line, flush=True)
     if args.json:
         with open(args.json, "a", encoding="utf-8") as file:
@@ -103,6 +108,8 @@ def main() -> int:
     parser.add_argument("--models", default="qwen2-0.5b,qwen2.5-7b")
     parser.add_argument("--workloads", default="W4,W2,W1,W3,W5")
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--reps", type=int, default=2)
     parser.add_argument(
         "--quantization", choices=["fp8", *CHECKPOINTS], help="of the weights; bfloat16 when not given"
@@ -119,6 +126,9 @@ def main() -> int:
         command += [
             "--tp",
             str(args.tp),
+            "--pp",
+            str(args.pp),
+            *(["--batch-invariant"] if args.batch_invariant else []),
             "--reps",
             str(args.reps),
             *(["--json", args.json] if args.json else []),

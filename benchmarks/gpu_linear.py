@@ -1,6 +1,6 @@
 """Tunes the linear layers of a few tokens: each candidate is checked, then timed against cuBLAS.
 
-    PYTHONPATH=runtime python3 benchmarks/gpu_linear.py [--out linear.json]
+    PYTHONPATH=runtime python3 benchmarks/gpu_linear.py [--out linear.json] [--tokens 16,32] [--models 7B] [--budget 100]
     PYTHONPATH=runtime python3 benchmarks/gpu_linear.py --decode MODEL_FOLDER
 
 The first form prints, for every product of a decoder layer, the time of what the layer would run without our kernel (norm,
@@ -30,7 +30,7 @@ from kubeinfer.kernels import linear as linear_module
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.norm import fused_add_rms_norm
 
-TOKENS = (1, 2, 4, 8)
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _TURNS_BYTES = 384 << 20
 
 
@@ -68,12 +68,42 @@ def products() -> list[Product]:
             Product(f"{name} down", hidden, inner, add=True),
             Product(f"{name} head", vocab, hidden),
         ]
+    for name, hidden, qkv, heads, inner, vocab in (
+        ("7B/2", 3584, 2304, 1792, 9472, 76032),
+        ("32B/2", 5120, 3584, 2560, 13824, 76032),
+    ):
+        # Of a tensor-parallel rank: norms and additions are the all-reduce's.
+        found += [
+            Product(f"{name} qkv", qkv, hidden, bias=True),
+            Product(f"{name} out", hidden, heads),
+            Product(f"{name} gate_up", inner, hidden, gated=True),
+            Product(f"{name} down", hidden, inner),
+            Product(f"{name} head", vocab, hidden),
+        ]
     return found
 
 
-def candidates(product: Product, m: int) -> list[tuple[int, int, int, int]]:
-    """Rows a program, columns a step (256 a warp), warps, tiles fetched ahead."""
+def skinny_candidates(product: Product, m: int) -> list[tuple[int, ...]]:
+    """Outputs and inputs of a tile, warps, stages, splits: enough programs to draw the memory's full speed."""
     found = []
+    for block_n, block_k, warps, stages in (
+        (16, 256, 4, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 64, 4, 6), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 8, 3),
+    ):  # fmt: skip
+        if (product.gated and block_n == 128) or (m > 16 and block_n == 16):
+            continue
+        if block_k * 2 * (stages - 1) * (max(m, 16) + block_n * (2 if product.gated else 1)) > 200_000:
+            continue
+        tiles = -(-product.n // block_n)
+        splits = [s for s in (1, 2, 4, 8, 16) if tiles * s >= 56 and s * block_k <= product.k]
+        found += [(block_n, block_k, warps, stages, s) for s in splits[:3] if s == 1 or tiles * s <= 700]
+    return found
+
+
+def candidates(product: Product, m: int) -> list[tuple[int, ...]]:
+    """Rows a program, columns a step (256 a warp), warps, tiles fetched ahead; or, of five numbers, `skinny_candidates`."""
+    if m > 2:
+        return skinny_candidates(product, m)
+    found: list[tuple[int, ...]] = []
     widest = 4 if product.gated else 8
     for warps in (1, 2, 4, 8):
         steps = -(-product.k // (256 * warps))
@@ -116,9 +146,10 @@ def operands(product: Product, m: int, weights: int, seed: int = 0) -> dict[str,
 
 def ours(product: Product, given: dict[str, Any], weight: Tensor, config: tuple[int, ...]) -> Tensor:
     from kubeinfer.kernels.triton_linear import Config, linear_triton
+    from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig
 
     return linear_triton(
-        given["x"], weight, given["bias"], given["out"], Config(*config),
+        given["x"], weight, given["bias"], given["out"], SkinnyConfig(*config) if len(config) == 5 else Config(*config),
         given["norm"] if product.norm else None, 1e-6, product.gated, product.add,
     )  # fmt: skip
 
@@ -145,7 +176,7 @@ def exact(product: Product, given: dict[str, Any]) -> Tensor:
     return y + given["out"].double() if product.add else y
 
 
-def check(task: tuple[Product, int, list[tuple[int, int, int, int]]]) -> list[str]:
+def check(task: tuple[Product, int, list[tuple[int, ...]]]) -> list[str]:
     """Compile and run every configuration once; what is wrong."""
     product, m, configs = task
     given = operands(product, m, 1)
@@ -186,11 +217,12 @@ def microseconds(run: Callable[[Tensor], object], weights: list[Tensor]) -> floa
     return statistics.median(times)
 
 
-def tune(out: Path | None, workers: int) -> None:
+def tune(out: Path | None, workers: int, tokens: list[int], models: str, budget: float) -> None:
+    chosen = [p for p in products() if not models or p.name.split()[0] in models.split(",")]
     tasks = [
         (product, m, configs[i : i + 6])
-        for m in TOKENS
-        for product in products()
+        for m in tokens
+        for product in chosen
         for configs in [candidates(product, m)]
         for i in range(0, len(configs), 6)
     ]
@@ -202,31 +234,32 @@ def tune(out: Path | None, workers: int) -> None:
     )
     print("\n".join(wrong[:12]), flush=True)
     table: dict[str, dict[str, int]] = {}
-    names = ("block_n", "block_k", "num_warps", "depth")
-    for product in products():
+    for m, product in [(m, p) for m in tokens for p in chosen]:
+        names = ("block_n", "block_k", "num_warps", *(("depth",) if m <= 2 else ("stages", "split_k")))
         size = 2 * product.rows * product.k
-        for m in TOKENS:
-            given = operands(product, m, max(1, min(48, _TURNS_BYTES // size)))
-            weights = given["weights"]
-            base = microseconds(lambda w, g=given, p=product: parts(p, g, w), weights)
-            timed = sorted(
-                (microseconds(lambda w, g=given, p=product, c=config: ours(p, g, w, c), weights), config)
-                for config in candidates(product, m)
-                if not any(w.startswith(f"{product.name} m{m} {config}:") for w in wrong)
-            )
-            if not timed:
-                print(f"{product.name:12} m{m} {base:7.2f} us, no candidate", flush=True)
-                continue
-            best, config = timed[0]
-            won = best < 0.98 * base
-            table[f"{product.kind}/{product.n}x{product.k}/m{m}"] = dict(
-                zip(names, config if won else (0, 0, 0, 0))
-            )
-            rest = " ".join(f"{t:.1f}:{'/'.join(map(str, c))}" for t, c in timed[:4])
-            print(
-                f"{product.name:12} m{m} {base:7.2f} -> {best:7.2f} us {size / best / 1e6:5.2f} TB/s {rest}",
-                flush=True,
-            )
+        if time.perf_counter() - begin > budget:
+            break
+        given = operands(product, m, max(1, min(48, _TURNS_BYTES // size)))
+        weights = given["weights"]
+        base = microseconds(lambda w, g=given, p=product: parts(p, g, w), weights)
+        timed = sorted(
+            (microseconds(lambda w, g=given, p=product, c=config: ours(p, g, w, c), weights), config)
+            for config in candidates(product, m)
+            if not any(w.startswith(f"{product.name} m{m} {config}:") for w in wrong)
+        )
+        if not timed:
+            print(f"{product.name:12} m{m} {base:7.2f} us, no candidate", flush=True)
+            continue
+        best, config = timed[0]
+        won = best < 0.98 * base
+        table[f"{product.kind}/{product.n}x{product.k}/m{m}"] = dict(
+            zip(names, config if won else (0,) * len(names))
+        )
+        rest = " ".join(f"{t:.1f}:{'/'.join(map(str, c))}" for t, c in timed[:4])
+        print(
+            f"{product.name:12} m{m} {base:7.2f} -> {best:7.2f} us {size / best / 1e6:5.2f} TB/s {rest}",
+            flush=True,
+        )
         if out is not None:
             out.write_text(json.dumps(table, indent=1) + "\n")
 
@@ -236,7 +269,7 @@ def decode(model: str) -> None:
     from kubeinfer import LLM, SamplingParams
 
     for enabled in (True, False):
-        linear_module.MAX_FEW_ROWS = 8 if enabled else 0
+        linear_module.MAX_FEW_ROWS = 64 if enabled else 0
         begin = time.perf_counter()
         llm = LLM(
             model=model, load_format="dummy", dtype="bfloat16", max_model_len=2048, max_num_seqs=8,
@@ -286,11 +319,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--decode", metavar="MODEL_FOLDER")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--models", default="", help="only these, of: 0.5B, 7B, 7B/2, 32B/2")
+    parser.add_argument(
+        "--budget", type=float, default=3600, help="seconds after which no further product is timed"
+    )
     options = parser.parse_args()
     if options.decode:
         decode(options.decode)
     else:
-        tune(options.out, options.workers)
+        tokens = [int(t) for t in options.tokens.split(",")]
+        tune(options.out, options.workers, tokens, options.models, options.budget)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Times the GPU kernels against the card's own ceilings and prints one table.
 
     PYTHONPATH=runtime python3 benchmarks/kernels.py
+    PYTHONPATH=runtime python3 benchmarks/kernels.py --tensor-parallel 2
 
 Bandwidth is quoted as a share of a large device-to-device copy (bytes read plus written), measured in the same run;
 attention prefill in TFLOP/s of the causal half. Times are of replayed CUDA graphs of several calls, as the engine runs
@@ -11,6 +12,7 @@ cache, as they do between the kernels of a step, so their share of the copy can 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench, do_bench_cudagraph
 
+import all_reduce
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.attention import decode_workspace, paged_attention
 from kubeinfer.kernels.batch_prep import prepare_decode, step_inputs, store_sampled
@@ -259,7 +262,13 @@ def host_costs(block_size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--block-size", type=int, default=16)
-    block_size = parser.parse_args().block_size
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="time the sums over N GPUs instead"
+    )
+    asked = parser.parse_args()
+    if asked.tensor_parallel > 1:
+        sys.exit(all_reduce.spawn(asked.tensor_parallel))
+    block_size = asked.block_size
     torch.manual_seed(0)
     table = Table(copy_bandwidth())
     print(f"{torch.cuda.get_device_name()}: copy {table.ceiling / 1e12:.2f} TB/s, block size {block_size}")

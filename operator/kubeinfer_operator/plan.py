@@ -16,6 +16,7 @@ GIB = 1 << 30
 # buffers on a CPU.
 GPU_OVERHEAD = int(1.5 * GIB)
 CPU_OVERHEAD = int(0.6 * GIB)
+HOST_SHARE = 0.9  # of host memory that the engine page-locks at most
 
 _BYTES = {
     "float32": 4,
@@ -170,6 +171,9 @@ def _plan_gpu(
     spec: InferenceModelSpec, line: str, weights: int, kv: int, length: int, memory: int | None
 ) -> Plan:
     count = spec.resources.count
+    refused = _host_memory(spec, line)
+    if refused is not None:
+        return refused
     if memory is None:
         text = (
             f"{line}; the memory of {spec.resources.resource_name} is not known: set resources.memoryPerDevice to have "
@@ -207,6 +211,25 @@ def _plan_gpu(
     )
     parts.append("Set " + ", or ".join(changes) + ".")
     return Plan(False, "InsufficientMemory", line, " ".join(parts))
+
+
+def _host_memory(spec: InferenceModelSpec, line: str) -> Plan | None:
+    """The refusal where ``limits.memory`` has no room for what the engine's options keep in host memory."""
+    limit = spec.resources.limits.get("memory")
+    options = {"swapSpace": "swap_space", "cpuOffloadGb": "cpu_offload_gb"}
+    asked = {name: float(getattr(spec.engine, option, None) or 0) for name, option in options.items()}
+    host = int(sum(asked.values()) * spec.resources.count * GIB)
+    if limit is None or not host:
+        return None
+    need = int(host / HOST_SHARE) + CPU_OVERHEAD * spec.resources.count
+    if need <= int(quantity(limit)):
+        return None
+    names = " and ".join(f"engine.{name}" for name, gib in asked.items() if gib)
+    text = (
+        f"{line}: {names} ask for {format_bytes(host)} of host memory, which does not fit into limits.memory {limit} "
+        f"beside the engine itself. Set resources.limits.memory to {-(-need // (1 << 20))}Mi or more, or lower {names}."
+    )
+    return Plan(False, "InsufficientMemory", line, text)
 
 
 def _plan_cpu(spec: InferenceModelSpec, line: str, weights: int, kv: int, length: int) -> Plan:

@@ -164,6 +164,19 @@ class Metrics(Collector):
             "prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits
         )
         yield counter(
+            "prefix_cache_host_hits",
+            "Prompt tokens found in the prefix cache's host memory.",
+            stats.prefix_cache_host_hits,
+        )
+        yield gauge(
+            "host_cache_usage_perc",
+            "Share of the host memory for KV blocks in use, 0 to 1.",
+            stats.host_cache_usage,
+        )
+        yield counter(
+            "kv_blocks_copied_out", "Evicted KV blocks copied to host memory.", stats.blocks_copied_out
+        )
+        yield counter(
             "num_preemptions", "Requests put back to wait for lack of KV cache.", stats.num_preemptions
         )
         yield counter("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens)

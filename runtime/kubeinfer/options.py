@@ -140,13 +140,13 @@ class CacheOptions(_Options):
     swap_space: float = Field(
         0,
         ge=0,
-        description="Host memory that keeps evicted KV blocks of a GPU for reuse.",
+        description="Host memory that keeps evicted KV blocks of a GPU for reuse; each GPU takes so much.",
         json_schema_extra=_extra(unit="GiB"),
     )
     cpu_offload_gb: float = Field(
         0,
         ge=0,
-        description="Weights of each GPU that are kept in host memory.",
+        description="GPU memory to free on each GPU: layers' weights stay in host memory and are streamed in every step.",
         json_schema_extra=_extra(unit="GiB"),
     )
 
@@ -179,6 +179,10 @@ class SchedulerOptions(_Options):
     async_scheduling: bool | None = Field(
         None, description="Schedule a step while the one before runs; on for GPUs when not given."
     )
+    batch_invariant: bool = Field(
+        False,
+        description="Same request, same bits, whatever runs beside it; slower. Also KUBEINFER_BATCH_INVARIANT=1.",
+    )
     enforce_eager: bool = Field(False, description="Run without CUDA graphs.")
     cudagraph_capture_sizes: list[int] | None = Field(
         None, description="Batch sizes captured as CUDA graphs."
@@ -194,7 +198,7 @@ class ParallelOptions(_Options):
     pipeline_parallel_size: int = Field(
         1,
         ge=1,
-        description="Groups of GPUs the layers are spread over.",
+        description="Stages the layers are spread over, each of tensor_parallel_size GPUs.",
         json_schema_extra=_extra(short="pp"),
     )
     distributed_executor_backend: Literal["mp", "ray", "uni"] | None = Field(
@@ -275,6 +279,11 @@ def read_options(cls: type[_Options], values: dict[str, Any]) -> Any:
         first = exc.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else None
         raise OptionError(f"{name}: {first['msg']}, got {first.get('input')!r}.", name) from None
+
+
+def wants_batch_invariance() -> bool:
+    """Whether ``KUBEINFER_BATCH_INVARIANT`` asks for it."""
+    return os.environ.get("KUBEINFER_BATCH_INVARIANT", "").lower() in ("1", "true", "yes")
 
 
 def use_modelscope() -> bool:

@@ -168,8 +168,121 @@ def test_tensor_parallel_tokens_equal_one_gpus(name: str, size: int) -> None:
     many.shutdown()
 
 
-def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "stages", "size"),
+    [("llama-tied", 2, 1), ("opt", 2, 1), ("qwen2-sliding", 2, 1), ("qwen2-sliding", 2, 2), ("qwen2-sliding", 4, 1)],
+)  # fmt: skip
+def test_pipeline_parallel_tokens_equal_one_gpus(name: str, stages: int, size: int) -> None:
+    """Graphs and eager steps, greedy and sampled, overlapped or not, chunks and a small cache."""
+    import torch
+
+    if torch.cuda.device_count() < stages * size:
+        pytest.skip(f"needs {stages * size} GPUs")
+    path = str(tiny_model(name))
+    prompts = random_prompts(6, 24)
+    sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.2}
+    one = make(path, "cuda", max_num_seqs=16)
+    expected, sampled = generate(one, prompts, 16), generate(one, prompts, 16, **sampling)
+    one.shutdown()
+    small = {"max_num_batched_tokens": 32, "num_gpu_blocks_override": 30, "max_model_len": 128}
+    for options in ({}, {"enforce_eager": True, "async_scheduling": False, **small}):
+        many = make(
+            path, "cuda", max_num_seqs=16, pipeline_parallel_size=stages, tensor_parallel_size=size, **options
+        )
+        assert generate(many, prompts, 16) == expected, options
+        assert generate(many, prompts, 16, **sampling) == sampled, options
+        many.core.check_integrity()
+        many.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parallel"),
+    [
+        pytest.param("bfloat16", {}, id="bf16"),
+        pytest.param("float32", {}, id="fp32"),
+        pytest.param("bfloat16", {"tensor_parallel_size": 2}, id="tp2"),
+        pytest.param("bfloat16", {"pipeline_parallel_size": 2}, id="pp2"),
+    ],
+)
+def test_batch_invariant_requests_get_the_same_bits_in_any_company(
+    tmp_path: Path, dtype: str, parallel: dict[str, int]
+) -> None:
+    """Tokens and log-probabilities: alone, in batches of many sizes, in chunks, from the prefix cache, with no graphs."""
+    import torch
+
+    if torch.cuda.device_count() < max(parallel.values(), default=1):
+        pytest.skip("needs 2 GPUs")
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536,
+        "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 9000,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 1e6, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rng = random.Random(9)
+    lengths = [1, 5, 63, 64, 200, 700, 1100, *(rng.randrange(1, 400) for _ in range(33))]
+    kinds: list[dict[str, Any]] = [
+        {"logprobs": 2},
+        {"temperature": 0.9, "logprobs": 0, "prompt_logprobs": 0},
+        {"temperature": 1.1, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "logprobs": 1},
+        {"temperature": 0.8, "repetition_penalty": 1.2, "logprobs": 0},
+    ]
+    requests = [
+        request(str(i), [rng.randrange(9000) for _ in range(n)], 12, seed=i, **kinds[i % len(kinds)])
+        for i, n in enumerate(lengths)
+    ]
+
+    def bits(batches: list[list[EngineRequest]], **options: Any) -> dict[str, list[Any]]:
+        client = make_client(
+            EngineOptions(
+                model=str(tmp_path), device="cuda", dtype=dtype, load_format="dummy", batch_invariant=True,
+                kv_cache_memory_bytes=2**28, **parallel, **options,
+            )
+        )  # fmt: skip
+        found: dict[str, list[Any]] = {}
+        for batch in batches:
+            client.add_requests(batch)
+            while client.has_unfinished_requests():
+                for o in client.step().outputs:
+                    found.setdefault(o.request_id, []).append(
+                        (o.new_token_ids, o.logprobs, o.prompt_logprobs)
+                    )
+        client.shutdown()
+        return found
+
+    alone = bits([[r] for r in requests], max_num_seqs=4, enable_prefix_caching=False)
+    assert len({str(found) for found in alone.values()}) == len(requests)
+    shuffled = random.Random(1).sample(requests, len(requests))
+    assert bits([requests], max_num_seqs=64) == alone
+    assert bits([shuffled[:13], shuffled[13:]], max_num_seqs=33, enforce_eager=True) == alone
+    small = {"max_num_batched_tokens": 71, "num_gpu_blocks_override": 160, "max_model_len": 1200}
+    assert bits([shuffled], max_num_seqs=24, **small) == alone
+
+
+def test_long_steps_of_four_gpus_give_one_gpus_tokens() -> None:
+    """Steps of thousands of tokens, whose sums each rank makes for its share of the rows."""
+    import torch
+
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs 4 GPUs")
+    path = str(tiny_model("llama"))
+    prompts = random_prompts(6, 60, longest=200)
+    expected: list[list[int]] | None = None
+    for size in (1, 4):
+        client = make(path, "cuda", max_num_seqs=64, tensor_parallel_size=size)
+        got = generate(client, prompts, 12)
+        client.shutdown()
+        assert expected is None or got == expected
+        expected = got
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path, size: int) -> None:
     """Fused few-token kernels against the path of whole prompts: the same tokens score the same either way."""
+    import torch
+
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
         "num_hidden_layers": 3, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 20000,
@@ -184,6 +297,7 @@ def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path) -> No
             load_format="dummy",
             kv_cache_memory_bytes=2**28,
             max_num_seqs=8,
+            tensor_parallel_size=size,
         )
     )
     rng = random.Random(8)
@@ -204,6 +318,7 @@ def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path) -> No
                         entry.logprobs[0] for entry in (output.prompt_logprobs or ()) if entry is not None
                     ]
             assert again[-24:] == pytest.approx(scores[str(i)], abs=0.08)
+    client.shutdown()
 
 
 def scores(client: EngineClient, tokens: list[int]) -> list[float]:

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kubeinfer.engine.kv_cache import DUMMY_BLOCK, FreeList, KVCacheManager
+from kubeinfer.engine.free_list import FreeList
+from kubeinfer.engine.host_tier import HostTier
+from kubeinfer.engine.kv_cache import DUMMY_BLOCK, KVCacheManager
 from kubeinfer.engine.messages import EngineOutput, EngineRequest
 from kubeinfer.engine.plan import StepPlan, StepResult
+from kubeinfer.engine.request import Request
 from kubeinfer.engine.scheduler import Scheduler, SchedulerConfig
 from kubeinfer.sampling_params import SamplingParams
 
@@ -32,9 +35,20 @@ class SimulatedDevice:
         self.tables: dict[int, list[int]] = {}
         self.tokens: dict[int, list[int]] = {}
         self.last: dict[int, int] = {}
+        self.host: dict[tuple[int, int], tuple[int, int]] = {}  # likewise, of host blocks
         self.max_rows = max_rows
 
+    def _copy(self, pairs: list[tuple[int, int]], source: dict, target: dict) -> None:
+        """All pairs at once, as a device may do it: no block is written twice."""
+        assert len({to for _, to in pairs}) == len(pairs)
+        read = {(to, i): source.get((block, i)) for block, to in pairs for i in range(self.block_size)}
+        for at, value in read.items():
+            assert value is not None, "a full block was copied that was never written"
+            target[at] = value
+
     def execute(self, plan: StepPlan) -> StepResult:
+        self._copy(plan.copies_out, self.slots, self.host)
+        self._copy(plan.copies_in, self.host, self.slots)
         assert len(set(plan.rows)) == len(plan.rows) <= self.max_rows
         for row in plan.released_rows:
             self.tables.pop(row, None)
@@ -74,12 +88,19 @@ def request(name: str, prompt: list[int], max_tokens: int, **extra: object) -> E
 
 
 def make(
-    blocks: int, block_size: int, seqs: int, tokens: int, **extra: object
+    blocks: int,
+    block_size: int,
+    seqs: int,
+    tokens: int,
+    host_blocks: int = 0,
+    max_copies_in: int = 1000,
+    **extra: object,
 ) -> tuple[Scheduler, SimulatedDevice]:
     config = SchedulerConfig(
         max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=(blocks - 1) * block_size, **extra
     )
-    return Scheduler(config, KVCacheManager(blocks, block_size)), SimulatedDevice(block_size, seqs)
+    kv_cache = KVCacheManager(blocks, block_size, num_host_blocks=host_blocks, max_copies_in=max_copies_in)
+    return Scheduler(config, kv_cache), SimulatedDevice(block_size, seqs)
 
 
 class Engine:
@@ -123,13 +144,24 @@ def expected(prompt: list[int], count: int) -> list[int]:
 @given(
     seed=st.integers(0, 2**32),
     depth=st.sampled_from([1, 2]),
+    stages=st.sampled_from([1, 1, 2, 3, 4]),
     block_size=st.sampled_from([2, 4, 8]),
     tight=st.booleans(),
     policy=st.sampled_from(["fcfs", "priority"]),
     threshold=st.sampled_from([0, 3]),
+    host_blocks=st.sampled_from([0, 1, 3, 20, 500]),
+    max_copies_in=st.sampled_from([1, 3, 1000]),
 )
 def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
-    seed: int, depth: int, block_size: int, tight: bool, policy: str, threshold: int
+    seed: int,
+    depth: int,
+    stages: int,
+    block_size: int,
+    tight: bool,
+    policy: str,
+    threshold: int,
+    host_blocks: int,
+    max_copies_in: int,
 ) -> None:
     rng = random.Random(seed)
     longest = 40
@@ -139,20 +171,30 @@ def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
         block_size,
         rng.randint(1, 6),
         rng.randint(6, 30),
+        host_blocks,
+        max_copies_in=max_copies_in,
         policy=policy,
         long_prefill_token_threshold=threshold,
+        num_stages=stages,
+        wait_for_tokens=depth == 1,
     )
-    engine = Engine(scheduler, device, depth)
+    engine = Engine(scheduler, device, stages - 1 + depth)
     shared = [rng.randrange(VOCAB) for _ in range(16)]
     wanted: dict[str, list[int]] = {}
     got: dict[str, list[int]] = {}
     aborted: set[str] = set()
+    earlier: list[list[int]] = []
     for i in range(rng.randint(1, 12)):
         prompt = shared[: rng.randint(0, 16)] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 10))]
+        if earlier and rng.random() < 0.4:  # an earlier prompt again, whose blocks may be in the host by now
+            prompt = rng.choice(earlier)
+        earlier.append(prompt)
         count = rng.randint(1, longest - len(prompt) - 1)
         name = f"r{i}"
         wanted[name] = expected(prompt, count)
         scheduler.add(request(name, prompt, count, priority=rng.randint(0, 2), arrival_time=float(i)))
+        if rng.random() < 0.05:
+            scheduler.kv_cache.reset_prefix_cache()
         for _ in range(rng.randint(0, 5)):
             for output in engine.step():
                 got.setdefault(output.request_id, []).extend(output.new_token_ids)
@@ -170,6 +212,32 @@ def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
             assert got[name] == tokens
     assert scheduler.kv_cache.num_free == scheduler.kv_cache.num_usable
     scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_each_stage_of_a_pipeline_has_an_equal_share_of_the_decodes(stages: int, overlap: bool) -> None:
+    scheduler, device = make(1000, 4, 64, 512, num_stages=stages, wait_for_tokens=not overlap)
+    engine = Engine(scheduler, device, stages + overlap)
+    for i in range(26):
+        scheduler.add(request(f"r{i}", [i, 1, 2], 100))
+    for _ in range(60):
+        engine.step()
+    share = -(-26 // stages)
+    for first in range(30, 50):
+        together = [set(plan.rows) for plan in engine.plans[first : first + stages]]
+        assert sum(map(len, together)) == len(set.union(*together)) == 26  # every request once, none twice
+        assert all(0 < len(rows) <= share for rows in together)
+    engine.run()
+
+
+def test_a_pipeline_with_fewer_requests_than_stages_still_plans_ahead() -> None:
+    scheduler, device = make(100, 4, 8, 64, num_stages=4)
+    engine = Engine(scheduler, device, 5)
+    scheduler.add(request("a", [1, 2, 3], 20))
+    assert engine.step() == engine.step() == engine.step() == []
+    assert len(engine.pending) == 3
+    assert engine.run()["a"] == expected([1, 2, 3], 20)
 
 
 def test_prefix_hits_are_used_and_counted() -> None:
@@ -294,3 +362,148 @@ def test_integrity_finds_damage() -> None:
     scheduler.running[0].block_ids.append(scheduler.running[0].block_ids[0])
     with pytest.raises(AssertionError, match="twice"):
         scheduler.check_integrity()
+
+
+# ---- the host tier ----
+
+
+def serve(engine: Engine, name: str, prompt: list[int], count: int = 2) -> None:
+    engine.scheduler.add(request(name, prompt, count))
+    assert engine.run()[name] == expected(prompt, count)
+
+
+def test_evicted_blocks_come_back_from_the_host() -> None:
+    scheduler, device = make(12, 4, 4, 1000, host_blocks=100)
+    engine, cache = Engine(scheduler, device, 2), scheduler.kv_cache
+    first = list(range(32))
+    serve(engine, "a", first)
+    serve(engine, "other", [9] * 36)  # pushes all but the first of a's blocks out
+    assert cache.host_hits == 0
+    assert cache.num_copied_out == 7
+    serve(engine, "b", [*first[:24], 1, 2])
+    assert (cache.host_hits, cache.prefix_hits) == (20, 24)
+    assert sum(len(plan.copies_in) for plan in engine.plans) == 5
+    # What was brought back is in the host still: evicted again, it is not copied again.
+    serve(engine, "again", [8] * 36)
+    serve(engine, "c", first)
+    assert cache.prefix_hits == 24 + 28
+    keys = len(cache._host)
+    assert cache.num_copied_out == keys, "each block was copied out once"
+
+
+def test_the_host_keeps_what_was_used_last() -> None:
+    scheduler, device = make(12, 4, 4, 1000, host_blocks=6)
+    engine, cache = Engine(scheduler, device, 1), scheduler.kv_cache
+    for i in range(6):
+        serve(engine, f"r{i}", [i] * 17)
+    assert cache.host_usage == 1.0
+    serve(engine, "old", [0] * 17)
+    assert cache.host_hits == 0
+    serve(engine, "young", [3] * 17)
+    assert cache.host_hits >= 12
+
+
+def test_a_prefix_partly_on_the_device_and_partly_in_the_host() -> None:
+    scheduler, device = make(12, 4, 4, 1000, host_blocks=100)
+    engine, cache = Engine(scheduler, device, 1), scheduler.kv_cache
+    prompt = list(range(33))
+    serve(engine, "a", prompt)
+    serve(engine, "b", [7] * 18)  # evicts the end of a's blocks: a beginning is evicted last
+    found = cache.match_prefix(Request(request("c", prompt, 2), 0, 100))
+    assert len(found) == 8
+    assert found[0] >= 0 > found[-1]
+    serve(engine, "c", prompt)
+    assert 0 < cache.host_hits < cache.prefix_hits == 32
+
+
+def test_running_streams_do_not_wait_for_many_copies() -> None:
+    scheduler, device = make(60, 4, 8, 1000, host_blocks=100, max_copies_in=3)
+    engine, cache = Engine(scheduler, device, 2), scheduler.kv_cache
+    prompt = [*range(48), 1]
+    serve(engine, "a", prompt)
+    serve(engine, "b", [9] * 230)  # pushes a's blocks out
+    scheduler.add(request("stream", [5, 6, 7], 30))
+    while not scheduler.requests["stream"].num_output:
+        engine.step()
+    start = len(engine.plans)
+    scheduler.add(request("c", prompt, 4))
+    found: dict[str, list[int]] = {}
+    while "c" in scheduler.requests:
+        for output in engine.step():
+            found.setdefault(output.request_id, []).extend(output.new_token_ids)
+    assert found["c"] == expected(prompt, 4)
+    copies = [len(plan.copies_in) for plan in engine.plans[start:]]
+    assert max(copies) == 3
+    assert sum(copies) * 4 == cache.host_hits >= 36
+    assert all(plan.num_decodes >= 1 for plan in engine.plans[start:]), (
+        "the stream gets a token in every step"
+    )
+    assert engine.run()["stream"]
+
+
+def test_reset_prefix_cache_clears_both_tiers() -> None:
+    scheduler, device = make(12, 4, 4, 1000, host_blocks=100)
+    engine, cache = Engine(scheduler, device, 1), scheduler.kv_cache
+    serve(engine, "a", list(range(32)))
+    serve(engine, "b", [9] * 36)
+    assert cache.host_usage > 0
+    cache.reset_prefix_cache()
+    scheduler.check_integrity()
+    assert cache.host_usage == 0
+    serve(engine, "c", list(range(32)))
+    assert cache.prefix_hits == 0
+
+
+def test_without_prefix_caching_nothing_is_copied() -> None:
+    kv_cache = KVCacheManager(12, 4, enable_prefix_caching=False, num_host_blocks=50)
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=100, max_model_len=40)
+    engine = Engine(Scheduler(config, kv_cache), SimulatedDevice(4, 4), 1)
+    for i in range(4):
+        serve(engine, f"r{i}", [3] * 30)
+    assert kv_cache.num_copied_out == 0
+    assert not any(plan.copies_in for plan in engine.plans)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    operations=st.lists(
+        st.tuples(st.sampled_from(["put", "hold", "end", "clear"]), st.integers(0, 9)), max_size=80
+    ),
+    size=st.integers(0, 5),
+)
+def test_the_host_tier_forgets_the_least_recently_used(operations: list[tuple[str, int]], size: int) -> None:
+    tier = HostTier(size)
+    model: dict[bytes, int] = {}  # oldest use first
+    held: set[bytes] = set()
+    for what, number in operations:
+        key = bytes([number])
+        if what == "put":
+            block = tier.put(key)
+            if key in model:
+                assert block is None
+                if key not in held:
+                    model[key] = model.pop(key)
+            elif block is not None:
+                for old in [k for k, b in model.items() if b == block]:
+                    assert old == next(k for k in model if k not in held)
+                    del model[old]
+                model[key] = block
+                held.add(key)
+            else:
+                assert len(held) == size or not size
+        elif what == "hold" and (block := tier.get(key)) is not None:
+            tier.hold(block)
+            if key not in held:
+                model[key] = model.pop(key)
+                held.add(key)
+        elif what == "end":
+            tier.end_step()
+            for key in [k for k in model if k in held]:
+                model[key] = model.pop(key)
+            held.clear()
+        elif what == "clear" and not held:
+            tier.clear()
+            model.clear()
+        assert {k: tier.get(k) for k in model} == model
+        assert len(tier) == len(model)
+        tier.check_integrity()

@@ -107,8 +107,18 @@ def test_rope_and_the_write_to_the_cache(dim: int, rotary: int, normed: bool) ->
 
 
 def test_argmax_takes_the_first_of_equals() -> None:
-    logits = torch.randn(5, 49153).to(BF16)
+    logits = torch.randn(5, 49153)
     logits[2, 7] = logits[2, 40000] = 50.0
     found = cpu.argmax(logits)
-    assert torch.equal(found, logits.float().argmax(-1))
+    assert torch.equal(found, logits.argmax(-1))
     assert found[2] == 7
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32, 150])
+def test_logits_keep_what_bfloat16_would_round_away(rows: int) -> None:
+    hidden, weight = torch.randn(rows, 576).to(BF16), torch.randn(1003, 576).to(BF16)
+    got = linear.logits(hidden, weight, linear.pack_weight(weight))
+    expected = hidden.double() @ weight.double().T
+    assert got.dtype == torch.float32
+    assert error(got, expected) < 1e-6
+    assert torch.equal(got[:1], linear.logits(hidden[:1], weight, linear.pack_weight(weight)))

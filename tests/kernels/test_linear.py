@@ -24,6 +24,12 @@ CASES = [
     (2, 9, 4872, False, (1, 1024, 4, 3)),
     (3, 64, 200, True, (4, 256, 1, 2)),
     (8, 37, 3584, False, (2, 512, 2, 2)),
+    # of the kernel for tens of tokens: outputs and inputs of a tile, warps, stages, splits of the inputs
+    (5, 37, 200, True, (32, 64, 4, 3, 1)),
+    (16, 96, 896, False, (32, 128, 4, 4, 2)),
+    (33, 130, 896, True, (64, 64, 4, 5, 3)),
+    (64, 100, 3584, True, (64, 128, 4, 4, 4)),
+    (64, 257, 4872, False, (128, 64, 4, 3, 8)),
 ]
 
 
@@ -38,12 +44,13 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
     return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.double()
 
 
-def use(monkeypatch: pytest.MonkeyPatch, device: str, config: tuple[int, int, int, int]) -> None:
+def use(monkeypatch: pytest.MonkeyPatch, device: str, config: tuple[int, ...]) -> None:
     """On GPUs every small product takes our kernel, so configured."""
     if torch.zeros(1, device=device).is_cuda:
-        from kubeinfer.kernels import triton_linear
+        from kubeinfer.kernels import triton_linear, triton_skinny_linear
 
-        monkeypatch.setattr(triton_linear, "find_config", lambda *_: triton_linear.Config(*config))
+        kind = triton_skinny_linear.SkinnyConfig if len(config) == 5 else triton_linear.Config
+        monkeypatch.setattr(triton_linear, "find_config", lambda *_: kind(*config))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -55,7 +62,7 @@ def test_fused_linear(
     n: int,
     k: int,
     with_bias: bool,
-    config: tuple[int, int, int, int],
+    config: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use(monkeypatch, device, config)
@@ -93,6 +100,32 @@ def test_rows_of_a_wider_tensor(device: str, monkeypatch: pytest.MonkeyPatch) ->
     assert close(got, wide[:, 1].double() @ weight.double().T, torch.bfloat16)
 
 
+@pytest.mark.gpu
+def test_split_sums_do_not_depend_on_who_was_last(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, device, (32, 128, 4, 4, 8))
+    x, weight = torch.randn(16, 4096).bfloat16().to(device), torch.randn(512, 4096).bfloat16().to(device)
+    first = linear(x, weight)
+    for _ in range(200):
+        assert torch.equal(linear(x, weight), first)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_product_cut_in_two_is_the_same_product(
+    device: str, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kubeinfer.kernels import linear as module
+
+    monkeypatch.setattr(module, "whole_waves", lambda m, n, k: 128)
+    x, weight, bias = (
+        torch.randn(160, 256).bfloat16(),
+        torch.randn(320, 256).bfloat16(),
+        torch.randn(320).bfloat16(),
+    )
+    got = linear(x.to(device), weight.to(device), bias.to(device) if with_bias else None)
+    want = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
+    assert close(got, want, torch.bfloat16)
+
+
 def test_cpu_tensors_never_take_the_gpu_kernel() -> None:
     x, weight = torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(8, 64, dtype=torch.bfloat16)
     assert not few_rows(x)
@@ -107,7 +140,7 @@ def test_only_a_few_aligned_rows_of_16_bits_take_the_gpu_kernel(device: str) -> 
     x, weight = x.to(device), weight.to(device)
     assert few_rows(x)
     assert not few_rows(x.float())
-    assert not few_rows(x.repeat(2, 1))
+    assert not few_rows(x.repeat(9, 1))
     assert few_rows_config(x[:, :60], weight[:, :60], 8, "plain") is None
     assert few_rows_config(x, weight.float(), 8, "plain") is None
 

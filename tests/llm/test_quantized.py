@@ -169,7 +169,7 @@ class Second:
     ],
 )
 def test_slices_that_cut_a_group_are_refused_by_name(config: QuantizationConfig, what: str) -> None:
-    store = ParameterStore(torch.device("cpu"), torch.float32, cast(Group, Second()), config)
+    store = ParameterStore(torch.device("cpu"), torch.float32, cast(Group, Second()), quantization=config)
     with pytest.raises(OptionError, match=f"tensor_parallel_size 2 cuts the 192 inputs of o_proj {what}"):
         RowLinear(store, "o_proj", 64, 192, False)
     if isinstance(config, GroupedIntConfig):
@@ -189,7 +189,7 @@ def test_the_second_ranks_inputs_in_our_layout(monkeypatch: pytest.MonkeyPatch, 
         torch.device("cpu"),
         torch.float32,
         cast(Group, Second()),
-        GroupedIntConfig(scheme, 4, GROUP, (), offset),
+        quantization=GroupedIntConfig(scheme, 4, GROUP, (), offset),
     )
     layer = RowLinear(store, "down_proj", 40, 256, False)
     store.load((f"down_proj.{suffix}", tensor) for suffix, tensor in tensors.items())

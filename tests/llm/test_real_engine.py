@@ -128,6 +128,11 @@ async def test_leaving_a_stream_frees_the_engine(served: AsyncLLM) -> None:
 def test_smollm2_knows_the_capital_of_france() -> None:
     path = smollm2_gguf()
     with LLM(str(path), device="cpu", max_model_len=512, kv_cache_memory_bytes=128 << 20) as llm:
+        prompt = "The capital of France is"
+        out = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)[0].outputs[
+            0
+        ]
+        assert out.text.startswith(" Paris")
         chat = [{"role": "user", "content": "What is the capital of France?"}]
         out = llm.chat(chat, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0].outputs[0]
         assert "Paris" in out.text

@@ -64,6 +64,22 @@ def test_unknown_memory_is_said_and_no_obstacle() -> None:
     assert labelled.reason == "Fits"
 
 
+def test_host_memory_for_swapping_and_streaming_counts_to_the_limit() -> None:
+    hub = Hub(COMMIT, QWEN_FILES, QWEN_7B)
+    engine = {"swapSpace": 8, "cpuOffloadGb": 4}
+
+    def planned(limit: str) -> Any:
+        resources = {"memoryPerDevice": "24Gi", "count": 2, "limits": {"memory": limit}}
+        return plan(spec(engine=engine, resources=resources), hub)
+
+    found = planned("24Gi")
+    assert (found.fits, found.reason) == (False, "InsufficientMemory")
+    assert "engine.swapSpace and engine.cpuOffloadGb ask for 24.0 GiB" in found.message
+    enough = found.message.split("limits.memory to ")[1].split()[0]
+    assert planned(enough).fits
+    assert plan(spec(engine=engine, resources={"memoryPerDevice": "24Gi", "count": 2}), hub).fits
+
+
 @given(st.integers(4, 160), st.sampled_from([1, 2, 4]), st.integers(256, 131_072), st.floats(0.3, 1))
 @settings(max_examples=200, deadline=None)
 def test_following_the_advice_helps(memory: int, count: int, length: int, share: float) -> None:

@@ -1,7 +1,7 @@
 """The tensor-parallel group over torch.distributed: NCCL between GPUs, gloo between CPU processes.
 
-Small messages between GPUs of one host are summed over peer memory (every rank reads its peers' buffers), which beats
-NCCL's latency in decode steps; multicast is not used. ``disable_custom_all_reduce`` keeps to NCCL.
+GPUs of one host sum over peer memory (every rank reads its peers' buffers; see `kubeinfer.distributed.peer_memory`), fused
+with the residual addition and the norm that follow; multicast is not used. ``disable_custom_all_reduce`` keeps to NCCL.
 """
 
 from __future__ import annotations
@@ -15,16 +15,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kubeinfer.distributed.peer_memory import PeerMemory, allocate, usable_programs
+from kubeinfer.kernels.batch_invariance import batch_invariant
+from kubeinfer.kernels.norm import fused_add_rms_norm
+
 logger = logging.getLogger(__name__)
-_ONE_SHOT_BYTES = 512 * 1024  # beyond it every rank reading every buffer costs more than a reduce-scatter
-_PEER_BYTES = 8 * 2**20  # beyond it NCCL's rings win
+_PEER_BYTES = 8 * 2**20  # of a sum that nothing is fused with: beyond it NCCL's rings win
 
 
 class TorchGroup:
-    """All ranks of one engine. Every rank makes its calls in the same order."""
+    """The ranks that share a stage's layers: all ranks of an engine without pipeline stages.
 
-    def __init__(self, rank: int, size: int, init_method: str, device: torch.device, peer_memory: bool):
-        self.rank = rank
+    ``rank`` counts over all stages, ``size`` ranks a stage. Every rank makes its calls in the same order.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        init_method: str,
+        device: torch.device,
+        peer_memory: bool,
+        num_stages: int = 1,
+    ):
+        self.rank = rank % size
         self.size = size
         self.device = device
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -33,49 +47,95 @@ class TorchGroup:
             backend,
             init_method=init_method,
             rank=rank,
-            world_size=size,
+            world_size=size * num_stages,
             timeout=timedelta(minutes=10),
             device_id=device if device.type == "cuda" else None,
         )
-        self._name: str = dist.group.WORLD.group_name
-        self._peer: Tensor | None = None
-        if peer_memory and device.type == "cuda":
-            self._peer = self._peer_buffer()
+        self._group: Any = dist.group.WORLD
+        if num_stages > 1:
+            for stage in range(num_stages):  # every rank takes part in making every group
+                group = dist.new_group(list(range(stage * size, (stage + 1) * size)))
+                if stage == rank // size:
+                    self._group = group
+        self._name: str = self._group.group_name
+        self._peer: PeerMemory | None = None
+        self._wants_peer = peer_memory and device.type == "cuda" and size > 1
 
-    def _peer_buffer(self) -> Tensor | None:
-        """Memory that every rank can read, or None where the GPUs cannot reach each other."""
+    def reserve(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Get memory that every rank can read, for tensors up to ``[rows, width]``; NCCL serves what does not fit.
+
+        Once, by all ranks. Where the GPUs cannot reach each other there is a warning and NCCL does it all.
+        """
+        if not self._wants_peer:
+            return
+        self._wants_peer = False
+        programs = self.smallest(usable_programs(self.device, self.size))  # all ranks launch equal grids
+        row_bytes = width * dtype.itemsize
+        peer: PeerMemory | None = None
         try:
-            import torch.distributed._symmetric_memory as symmetric
-
-            buffer: Any = symmetric.empty(_PEER_BYTES // 2, dtype=torch.bfloat16, device=self.device)
-            symmetric.rendezvous(buffer, group=self._name)
-            return buffer
+            peer = allocate(self._name, self.rank, self.size, self.device, rows, row_bytes, programs)
         except (RuntimeError, ImportError, AttributeError) as exc:
             logger.warning(
                 "all-reduce over peer memory is off, NCCL does it all: %s", str(exc).splitlines()[0]
             )
-            return None
+        if self.smallest(peer is not None):
+            self._peer = peer
+
+    def buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
+        return self._peer.lend(rows, width, dtype) if self._peer is not None else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        num_bytes = x.numel() * x.element_size()
-        if self._peer is None or num_bytes > _PEER_BYTES or num_bytes % 16:
-            dist.all_reduce(x)
+        if self.size == 1:
             return x
-        shared = self._peer.view(torch.uint8)[:num_bytes].view(x.dtype).view(x.shape)
-        shared.copy_(x)
-        if num_bytes <= _ONE_SHOT_BYTES:
-            return torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", self._name)
-        torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self._name)
-        return x.copy_(shared)
+        if batch_invariant():
+            return self._sum_in_order(x)
+        peer, num_bytes = self._peer, x.numel() * x.element_size()
+        if peer is None or not _takes(peer, x) or num_bytes > min(peer.one_shot_bytes, _PEER_BYTES):
+            if peer is not None and peer.holds(x):
+                x = x.clone()  # the next call's part goes where this one is
+            dist.all_reduce(x, group=self._group)
+            return x
+        return peer.sum(x)
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def _sum_in_order(self, x: Tensor) -> Tensor:
+        """The sum from the first rank to the last in fp32, whatever the size of ``x``: libraries choose an order by it."""
+        gathered = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered.view(-1, *x.shape[1:]), x.contiguous(), group=self._group)
+        total = gathered[0].float()
+        for part in gathered[1:]:
+            total += part
+        return total.to(x.dtype)
+
+    def all_reduce_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if self._peer is None or not _takes(self._peer, x):
+            return fused_add_rms_norm(self.all_reduce(x), residual, weight, eps)
+        return self._peer.sum(x, residual, weight, eps), residual
+
+    def all_reduce_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self._peer is None or not _takes(self._peer, x):
+            return residual.add_(self.all_reduce(x))
+        return self._peer.sum(x, residual).clone()  # the next call may overwrite what lies in peer memory
+
+    def gather_buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
+        return self._peer.lend(rows, width, dtype, once=True) if self._peer is not None else None
+
+    def all_gather(self, x: Tensor, width: int, out: Tensor | None = None) -> Tensor:
+        if self._peer is not None and _takes(self._peer, x) and (out is None or out.stride(1) == 1):
+            if out is None:
+                out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+            return self._peer.gather(x, out)
         gathered = torch.empty(self.size * x.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
         # torch 2.13 has renamed it
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(gathered, x.contiguous())
-        return gathered.view(self.size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1)
+        gather(gathered, x.contiguous(), group=self._group)
+        whole = gathered.view(self.size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1)[:, :width]
+        return whole.contiguous() if out is None else out.copy_(whole)
 
     def smallest(self, value: int) -> int:
+        """The smallest over all ranks of all stages."""
         tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor.item())
@@ -83,3 +143,7 @@ class TorchGroup:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _takes(peer: PeerMemory, x: Tensor) -> bool:
+    return x.dim() == 2 and x.is_contiguous() and peer.fits(x.shape[0], x.shape[1], x.dtype)

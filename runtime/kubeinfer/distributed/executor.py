@@ -21,6 +21,8 @@ class CacheSpec:
     weight_bytes: int
     kv_cache_bytes: int
     start_seconds: dict[str, float]
+    num_host_blocks: int = 0  # KV blocks that host memory keeps beside the device's
+    host_cache_bytes: int = 0  # a rank's
 
 
 class Executor(ABC):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kubeinfer.errors import OptionError
-from kubeinfer.options import EngineOptions, target_device
+from kubeinfer.options import EngineOptions, target_device, wants_batch_invariance
 
 if TYPE_CHECKING:
     from kubeinfer.model_config import ModelConfig
@@ -24,7 +24,6 @@ _NO_EFFECT = {
     },
     "cuda": {
         "cpu_kvcache_space": "the engine runs on a GPU; --gpu-memory-utilization sizes its KV cache",
-        "swap_space": "KV blocks are not kept in host memory yet; preempted requests are computed again",
     },
 }
 
@@ -50,6 +49,8 @@ def resolve_defaults(options: EngineOptions) -> EngineOptions:
     changes: dict[str, object] = {"device": device}
     if options.block_size is None:
         changes["block_size"] = 16 if device == "cuda" else 32
+    if wants_batch_invariance():
+        changes["batch_invariant"] = True
     if options.distributed_executor_backend == "ray":
         raise OptionError(
             "distributed_executor_backend ray is not supported: several GPUs of one pod need mp (the default); "
@@ -58,26 +59,22 @@ def resolve_defaults(options: EngineOptions) -> EngineOptions:
         )
     if options.runner == "pooling" or options.convert not in ("auto", "none"):
         raise OptionError("pooling models (--runner pooling, --convert) are not supported yet.", "runner")
-    if options.distributed_executor_backend == "uni" and options.tensor_parallel_size > 1:
-        raise OptionError(
-            f"distributed_executor_backend uni is one process, but tensor_parallel_size {options.tensor_parallel_size} "
-            "needs one a device; use mp.",
-            "distributed_executor_backend",
-        )
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if options.distributed_executor_backend == "uni" and getattr(options, name) > 1:
+            raise OptionError(
+                f"distributed_executor_backend uni is one process, but {name} {getattr(options, name)} needs one a "
+                "device; use mp.",
+                "distributed_executor_backend",
+            )
     for name, why in _NO_EFFECT[device].items():
         if getattr(options, name) != EngineOptions.model_fields[name].default:
             logger.warning("%s has no effect: %s", name, why)
-    if device == "cpu":
-        if options.kv_cache_dtype != "auto":
-            raise OptionError(
-                f"kv_cache_dtype {options.kv_cache_dtype} is not supported on the CPU.", "kv_cache_dtype"
-            )
-    else:
-        if options.cpu_offload_gb:
-            raise OptionError(
-                "cpu_offload_gb is not supported yet; use more GPUs (--tensor-parallel-size) or a smaller model.",
-                "cpu_offload_gb",
-            )
+    if device == "cuda" and options.swap_space and not options.enable_prefix_caching:
+        logger.warning("swap_space has no effect: without --enable-prefix-caching no KV block is found again")
+    if device == "cpu" and options.kv_cache_dtype != "auto":
+        raise OptionError(
+            f"kv_cache_dtype {options.kv_cache_dtype} is not supported on the CPU.", "kv_cache_dtype"
+        )
     return options.model_copy(update=changes)
 
 
@@ -98,6 +95,20 @@ def check_dtype(options: EngineOptions, model_config: ModelConfig) -> ModelConfi
         )
     logger.warning("%s has no bfloat16 (compute capability %d.%d): float16 is used", name, major, minor)
     return replace(model_config, dtype="float16")
+
+
+def check_batch_invariant(options: EngineOptions, model_config: ModelConfig) -> None:
+    """Raises :class:`OptionError` where batch invariance was asked for and cannot be kept."""
+    if not options.batch_invariant:
+        return
+    method = (model_config.hf_config.get("quantization_config") or {}).get("quant_method")
+    method = options.quantization or method
+    if method not in (None, "gguf"):
+        raise OptionError(
+            f"batch_invariant does not work with quantization {method}: its kernels sum in an order that depends on the "
+            "batch. Use the model's unquantized or GGUF weights, or leave batch_invariant out.",
+            "batch_invariant",
+        )
 
 
 def step_limits(options: EngineOptions, model_config: ModelConfig, serving: bool) -> tuple[int, int]:

@@ -2,68 +2,39 @@
 
 Automatic prefix caching by a hash chain over full blocks: a block's key covers its own tokens and all before it, so equal
 keys mean equal prefixes (paged KV cache: Kwon et al. 2023, "Efficient Memory Management for Large Language Model
-Serving with PagedAttention"). Plain integers; no device is touched here.
+Serving with PagedAttention"). With host blocks there is a second tier: blocks evicted from the device are kept there and
+brought back. Plain integers; no device is touched here.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from hashlib import sha256
 
+from kubeinfer.engine.free_list import FreeList
+from kubeinfer.engine.host_tier import HostTier
 from kubeinfer.engine.request import Request
 
 DUMMY_BLOCK = 0  # never given to a request: padding rows of a captured graph point at it
 
 
-class FreeList:
-    """Least-recently-freed order over block ids, O(1) for every operation (a doubly linked list in two arrays)."""
-
-    def __init__(self, num_blocks: int):
-        self._head = num_blocks  # sentinel
-        self._next = [*list(range(1, num_blocks + 1)), 0]
-        self._prev = [num_blocks, *range(num_blocks)]
-        self._in = bytearray(b"\x01" * num_blocks)
-        self._count = num_blocks
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __contains__(self, block: int) -> bool:
-        return bool(self._in[block])
-
-    def remove(self, block: int) -> None:
-        before, after = self._prev[block], self._next[block]
-        self._next[before] = after
-        self._prev[after] = before
-        self._in[block] = 0
-        self._count -= 1
-
-    def pop_left(self) -> int:
-        block = self._next[self._head]
-        self.remove(block)
-        return block
-
-    def append(self, block: int) -> None:
-        last = self._prev[self._head]
-        self._next[last] = block
-        self._prev[block] = last
-        self._next[block] = self._head
-        self._prev[self._head] = block
-        self._in[block] = 1
-        self._count += 1
-
-    def __iter__(self) -> Iterator[int]:
-        block = self._next[self._head]
-        while block != self._head:
-            yield block
-            block = self._next[block]
-
-
 class KVCacheManager:
-    """Gives blocks to requests and takes them back. Block 0 is the dummy block."""
+    """Gives blocks to requests and takes them back. Block 0 is the dummy block.
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
+    ``num_host_blocks`` blocks of host memory keep what is evicted. ``copies_out`` (device block, host block) and
+    ``copies_in`` (host block, device block) gather what the next step's plan must copy: first out, then in, both before
+    the step itself. More than ``max_copies_in`` blocks come in at once only where nobody waits for it.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        num_host_blocks: int = 0,
+        max_copies_in: int = 2**31,
+    ):
         if num_blocks < 2:
             raise ValueError("the KV cache needs at least two blocks (one is the dummy block).")
         self.num_blocks = num_blocks
@@ -74,8 +45,14 @@ class KVCacheManager:
         self._cached: dict[bytes, int] = {}
         self._free = FreeList(num_blocks)
         self._free.remove(DUMMY_BLOCK)
+        self.max_copies_in = max_copies_in
+        self._host = HostTier(num_host_blocks if enable_prefix_caching else 0)
+        self.copies_out: list[tuple[int, int]] = []
+        self.copies_in: list[tuple[int, int]] = []
         self.prefix_queries = 0  # tokens looked up
         self.prefix_hits = 0  # tokens found
+        self.host_hits = 0  # tokens of prefix_hits that were brought back from the host
+        self.num_copied_out = 0  # blocks
 
     @property
     def num_free(self) -> int:
@@ -90,6 +67,11 @@ class KVCacheManager:
         """Share of blocks that requests hold, 0 to 1."""
         return 1.0 - len(self._free) / self.num_usable
 
+    @property
+    def host_usage(self) -> float:
+        """Share of host blocks that keep a prefix, 0 to 1."""
+        return len(self._host) / self._host.num_blocks if self._host.num_blocks else 0.0
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
@@ -102,54 +84,115 @@ class KVCacheManager:
             hashes.append(parent)
 
     def match_prefix(self, request: Request) -> list[int]:
-        """Cached blocks of the longest known prefix; at least one token is always left to compute."""
+        """Cached blocks of the longest known prefix; at least one token is always left to compute.
+
+        A block that only the host has stands as ``~host block``, a negative number.
+        """
         if not self.enable_prefix_caching or request.params.prompt_logprobs is not None:
             return []
         most = (len(request.token_ids) - 1) // self.block_size
         self._extend_hashes(request, most)
         found: list[int] = []
-        cached = self._cached
+        cached, host = self._cached, self._host
         for key in request.block_hashes[:most]:
             block = cached.get(key)
             if block is None:
-                break
+                in_host = host.get(key)
+                if in_host is None:
+                    break
+                block = ~in_host
             found.append(block)
         return found
 
     def take_prefix(self, request: Request, blocks: list[int]) -> None:
         """Hold the cached ``blocks`` for a request that holds none yet, and count the hit."""
-        for block in blocks:
-            if self._refs[block] == 0:
-                self._free.remove(block)
-            self._refs[block] += 1
-        request.block_ids = list(blocks)
+        request.block_ids = self._hold(request, blocks)
         request.num_registered = len(blocks)
         request.num_computed = len(blocks) * self.block_size
         if self.enable_prefix_caching:
             self.prefix_queries += len(request.token_ids)
             self.prefix_hits += request.num_computed
+            # A block fetched early may have been evicted again, and fetched twice.
+            self.host_hits += min(request.num_fetched, len(blocks)) * self.block_size
+            request.num_fetched = 0
+
+    def exceeds_copies(self, blocks: list[int]) -> bool:
+        """Whether bringing in all of ``blocks`` makes the next step wait for too many copies."""
+        count = sum(1 for block in blocks if block < 0)
+        return count > 0 and len(self.copies_in) + count > self.max_copies_in
+
+    def prefetch(self, request: Request, blocks: list[int]) -> None:
+        """Bring in as many of ``blocks`` as the next step may wait for; nobody holds them yet."""
+        room = self.max_copies_in - len(self.copies_in)
+        part = []
+        for block in blocks:
+            if block < 0:
+                if room <= 0:
+                    break
+                room -= 1
+            part.append(block)
+        self._give_back(self._hold(request, part))
+
+    def _hold(self, request: Request, blocks: list[int]) -> list[int]:
+        """``blocks``, which begin the request, held once more; the host's are brought in to blocks of the device."""
+        # All are held before the first block is evicted to make room: it must not be one of them.
+        for block in blocks:
+            if block < 0:
+                self._host.hold(~block)
+            else:
+                if self._refs[block] == 0:
+                    self._free.remove(block)
+                self._refs[block] += 1
+        held = []
+        for i, block in enumerate(blocks):
+            if block < 0:
+                block = self._bring_in(~block, request.block_hashes[i])
+                request.num_fetched += 1
+            held.append(block)
+        return held
+
+    def _bring_in(self, host_block: int, key: bytes) -> int:
+        """A device block that gets ``host_block``'s content before the next step."""
+        block = self._take_free()
+        self._cached[key] = block
+        self._key[block] = key
+        self.copies_in.append((host_block, block))
+        return block
+
+    def _take_free(self) -> int:
+        """The block that was freed first, now held once. Its prefix, if it has one, moves to the host."""
+        block = self._free.pop_left()
+        key = self._key[block]
+        if key is not None:
+            del self._cached[key]
+            self._key[block] = None
+            host_block = self._host.put(key)
+            if host_block is not None:
+                self.copies_out.append((block, host_block))
+        self._refs[block] = 1
+        return block
+
+    def take_copies(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """``copies_out`` and ``copies_in`` for the plan that is being made; later ones belong to the next plan."""
+        copies = self.copies_out, self.copies_in
+        if copies[0] or copies[1]:
+            self.copies_out, self.copies_in = [], []
+            self._host.end_step()
+            self.num_copied_out += len(copies[0])
+        return copies
 
     def count_free(self, blocks: list[int]) -> int:
-        """How many of ``blocks`` nobody holds: they leave the free list when a request takes them."""
-        return sum(1 for block in blocks if block in self._free)
+        """How many blocks leave the free list when a request takes ``blocks``: those nobody holds, and one a host block."""
+        return sum(1 for block in blocks if block < 0 or block in self._free)
 
     def allocate(self, request: Request, num_tokens: int) -> list[int] | None:
         """Blocks to append so that ``num_tokens`` tokens fit, or None if there are not enough (nothing changes then)."""
         need = -(-num_tokens // self.block_size) - len(request.block_ids)
         if need <= 0:
             return []
-        free = self._free
-        if need > len(free):
+        if need > len(self._free):
             return None
-        new = []
-        for _ in range(need):
-            block = free.pop_left()
-            key = self._key[block]
-            if key is not None:  # evicted: the oldest freed block loses its prefix
-                del self._cached[key]
-                self._key[block] = None
-            self._refs[block] = 1
-            new.append(block)
+        new = [self._take_free() for _ in range(need)]
         request.block_ids.extend(new)
         return new
 
@@ -170,20 +213,25 @@ class KVCacheManager:
         request.num_registered = full
 
     def free(self, request: Request) -> None:
-        """Give all blocks back, the last first, so that a shared beginning is evicted last."""
-        for block in reversed(request.block_ids):
-            self._refs[block] -= 1
-            if self._refs[block] == 0:
-                self._free.append(block)
+        """Give all blocks back."""
+        self._give_back(request.block_ids)
         request.block_ids = []
         request.num_registered = 0
 
+    def _give_back(self, blocks: list[int]) -> None:
+        """The last first, so that a shared beginning is evicted last."""
+        for block in reversed(blocks):
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                self._free.append(block)
+
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix; blocks in use stay with their requests."""
+        """Forget every cached prefix, the host's too; blocks in use stay with their requests."""
         for key, block in self._cached.items():
             if self._key[block] == key:
                 self._key[block] = None
         self._cached.clear()
+        self._host.clear()
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Recompute every invariant from the requests that hold blocks; raise AssertionError where one is broken."""
@@ -211,3 +259,7 @@ class KVCacheManager:
                 raise AssertionError(f"cached block {block} does not know its key")
         if sum(k is not None for k in self._key) != len(self._cached):
             raise AssertionError("a block has a key that the cache does not know")
+        self._host.check_integrity()
+        targets = [host for _, host in self.copies_out]
+        if len(set(targets)) != len(targets):
+            raise AssertionError("two blocks are copied to one host block in one step")

@@ -59,6 +59,9 @@ class EngineStats(msgspec.Struct, array_like=True):
     prompt_tokens: int = 0
     generation_tokens: int = 0
     num_steps: int = 0
+    prefix_cache_host_hits: int = 0  # tokens of prefix_cache_hits that came back from host memory
+    host_cache_usage: float = 0.0  # share of host blocks that keep a prefix, 0 to 1
+    blocks_copied_out: int = 0  # KV blocks copied to host memory
 
 
 class EngineOutputs(msgspec.Struct, array_like=True):

@@ -40,6 +40,9 @@ class StepPlan(msgspec.Struct, array_like=True):
     released_rows: list[int]
     # tokens that rows sampled earlier, for rows whose sampling looks back at them on the host
     history: list[tuple[int, list[int]]] = []
+    # KV blocks to copy before the step, first out (device block, host block), then in (host block, device block)
+    copies_out: list[tuple[int, int]] = []
+    copies_in: list[tuple[int, int]] = []
 
     @property
     def total_tokens(self) -> int:

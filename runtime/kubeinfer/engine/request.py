@@ -20,10 +20,12 @@ class Request:
         "block_ids",
         "engine_request",
         "eos",
+        "last_step",
         "max_total",
         "needs_history",
         "num_cached",
         "num_computed",
+        "num_fetched",
         "num_in_flight",
         "num_registered",
         "order",
@@ -52,7 +54,9 @@ class Request:
         self.order = order  # of arrival in this engine; breaks ties
         self.num_computed = 0
         self.num_in_flight = 0
+        self.last_step = 0  # the number of the step that last sampled for it
         self.num_cached = -1  # tokens found in the prefix cache when first scheduled; -1: not yet scheduled
+        self.num_fetched = 0  # blocks brought in from the host for it while it waited
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_registered = 0  # blocks of block_ids whose hash is in the prefix cache

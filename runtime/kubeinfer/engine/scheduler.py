@@ -3,6 +3,7 @@
 There are no phases: a request has tokens known and tokens computed, and a step hands out one token budget, running
 requests first, then waiting ones. Chunked prefill, prefix hits and resuming after preemption all follow from that.
 A step may be planned while the one before is in flight: its sampled tokens count as known though their values are not.
+In a pipeline of S stages S steps run at once: each takes an S-th of the decodes, so that they wait for none before them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0
     enable_chunked_prefill: bool = True
     policy: str = "fcfs"
+    num_stages: int = 1  # of the pipeline
+    wait_for_tokens: bool = False  # plan no decode whose token is in flight
 
 
 class WaitingQueue:
@@ -148,15 +151,25 @@ class Scheduler:
             self.running.sort(key=lambda r: r.sort_key)
 
         running = self.running
+        # Steps that follow one another hold different decodes, as many as there are stages, or requests if they are fewer.
+        apart = min(config.num_stages, len(running))
+        most_decodes = -(-len(running) // config.num_stages)
         index = 0
         while index < len(running) and budget > 0:
             request = running[index]
             index += 1
             in_flight = request.num_in_flight
             total = len(request.token_ids) + in_flight
-            if in_flight and (total >= request.max_total or request.needs_history):
-                continue  # its last token is on its way, or the next one depends on it
+            if in_flight and (
+                total >= request.max_total
+                or request.needs_history
+                or config.wait_for_tokens
+                or self.num_steps + 1 - request.last_step < apart
+            ):
+                continue  # its last token is on its way, the next one depends on it, or it belongs to another step
             num_new = total - request.num_computed
+            if num_new == 1 and len(decodes) >= most_decodes:
+                continue
             if num_new > 1:
                 num_new = min(num_new, threshold, budget)
             end = request.num_computed + num_new
@@ -220,6 +233,11 @@ class Scheduler:
             # A hit that lies in the free list leaves it when taken, so it counts as needed too.
             if needed + kv_cache.count_free(prefix) + (reserve if self.running else 0) > kv_cache.num_free:
                 break
+            if (decodes or chunks) and kv_cache.exceeds_copies(prefix):
+                kv_cache.prefetch(
+                    request, prefix
+                )  # the rest in later steps: running streams wait for the copies
+                break
             self.waiting.pop()
             kv_cache.take_prefix(request, prefix)
             if kv_cache.allocate(request, cached + num_new) is None:
@@ -276,11 +294,13 @@ class Scheduler:
             rows.append(request.row)
             starts.append(request.num_computed - num_new)
             num_tokens.append(num_new)
+        self.num_steps += 1
         for request in samplers:
             request.num_in_flight += 1
+            request.last_step = self.num_steps
         self._in_flight.append(samplers)
         released, self._released_rows = self._released_rows, []
-        self.num_steps += 1
+        copies_out, copies_in = self.kv_cache.take_copies()
         return StepPlan(
             self.num_steps,
             rows,
@@ -292,6 +312,8 @@ class Scheduler:
             new_blocks,
             released,
             history,
+            copies_out,
+            copies_in,
         )
 
     def _preempt(self, request: Request) -> None:
@@ -363,6 +385,9 @@ class Scheduler:
             prompt_tokens=self.num_prompt_tokens,
             generation_tokens=self.num_generation_tokens,
             num_steps=self.num_steps,
+            prefix_cache_host_hits=self.kv_cache.host_hits,
+            host_cache_usage=self.kv_cache.host_usage,
+            blocks_copied_out=self.kv_cache.num_copied_out,
         )
 
     def check_integrity(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kubeinfer.kernels.activation import silu_and_mul
+from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.linear import PackedWeight, few_rows_config, linear
 from kubeinfer.kernels.norm import rms_norm
 
@@ -66,7 +67,7 @@ def add_linear(
     """``residual += x @ weight.T + bias`` in place, and returned: ``residual [T, N]``, ``x [T, K]``, ``weight [N, K]``."""
     config = few_rows_config(x, weight, weight.shape[0], "plain")
     if config is None:
-        if packed is None and bias is None:
+        if packed is None and bias is None and not batch_invariant():
             return residual.addmm_(x, weight.t())
         return residual.add_(linear(x, weight, bias, packed))
     from kubeinfer.kernels.triton_linear import linear_triton

@@ -1,7 +1,8 @@
-"""Dense matrix products: cuBLAS on GPUs, our own kernel for a few tokens; our own kernel or oneDNN on CPUs."""
+"""Dense matrix products: cuBLAS on GPUs, our own kernels for some tens of tokens; our own kernel or oneDNN on CPUs."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kubeinfer.kernels import tuned
+from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.cpu import library as cpu
 
 if TYPE_CHECKING:
     from kubeinfer.kernels.triton_linear import Config
+    from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig
 
-# The most tokens that our GPU kernel takes.
-MAX_FEW_ROWS = 8
+# The most tokens that our GPU kernels take.
+MAX_FEW_ROWS = 64
 
 
 @dataclass(slots=True)
@@ -43,31 +47,62 @@ def linear(
 ) -> Tensor:
     """``x [T, K] @ weight[N, K]^T + bias[N]`` -> ``[T, N]`` in ``x``'s dtype; ``packed`` stands for ``weight``.
 
-    ``out`` (without a bias, on GPUs) is written where given, and returned.
+    ``out`` (on GPUs) is written where given, and returned.
     """
+    if batch_invariant() and packed is None:
+        return _linear_by_rows(x, weight, bias, out)
     config = few_rows_config(x, weight, weight.shape[0], "plain")
     if config is not None:
         from kubeinfer.kernels.triton_linear import linear_triton
 
         return linear_triton(x, weight, bias, _new(x, weight.shape[0]) if out is None else out, config)
+    if x.is_cuda:
+        cut = whole_waves(x.shape[0], weight.shape[0], x.shape[1])
+        if cut:
+            return _in_two(x, weight, bias, _new(x, weight.shape[0]) if out is None else out, cut)
     if out is not None:
+        if bias is not None:
+            return torch.addmm(bias, x, weight.t(), out=out)
         return torch.mm(x, weight.t(), out=out)
     if packed is not None:
         return cpu.linear(x, packed.data, packed.out_features, bias)
     return F.linear(x, weight, bias)
 
 
+def logits(
+    hidden: Tensor, weight: Tensor, packed: PackedWeight | None = None, out: Tensor | None = None
+) -> Tensor:
+    """``hidden [N, H] @ weight[V, H]^T`` -> ``[N, V]``; in fp32 by our CPU kernel: bfloat16 would make near values equal."""
+    if packed is not None and out is None:
+        return cpu.logits(hidden.contiguous(), packed.data, packed.out_features)
+    return linear(hidden, weight, None, packed, out)
+
+
+def _linear_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """`linear`, each row for itself: on GPUs one tile and one order of sums for any ``T``, on CPUs a row at a time."""
+    if x.is_cuda:
+        from kubeinfer.kernels.triton_matmul import matmul_triton
+
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return matmul_triton(x, weight, bias, _new(x, weight.shape[0]) if out is None else out)
+    if not x.shape[0]:
+        return _new(x, weight.shape[0])
+    # Cloned, as the order of sums may depend on how a row is aligned too.
+    return torch.cat([F.linear(row.clone(), weight, bias) for row in x.split(1)])
+
+
 def few_rows(x: Tensor) -> bool:
     """Whether ``x`` is a few tokens of 16-bit numbers on a GPU: what our kernel may serve."""
     return (
         x.is_cuda
+        and not batch_invariant()
         and x.dim() == 2
         and 0 < x.shape[0] <= MAX_FEW_ROWS
         and x.dtype in (torch.bfloat16, torch.float16)
     )
 
 
-def few_rows_config(x: Tensor, weight: Tensor, n: int, kind: str) -> Config | None:
+def few_rows_config(x: Tensor, weight: Tensor, n: int, kind: str) -> Config | SkinnyConfig | None:
     """The launch configuration of our GPU kernel for this product; None where cuBLAS serves it.
 
     ``n`` outputs; ``kind`` is ``plain`` or ``gated`` (then ``weight`` has ``2 n`` rows).
@@ -80,6 +115,25 @@ def few_rows_config(x: Tensor, weight: Tensor, n: int, kind: str) -> Config | No
     from kubeinfer.kernels.triton_linear import find_config
 
     return find_config(x.shape[0], n, k, kind)
+
+
+@functools.cache
+def whole_waves(m: int, n: int, k: int) -> int:
+    """How many of ``n`` outputs fill whole waves of cuBLAS's tiles, where computing the rest apart is faster; else 0.
+
+    Known for the batch sizes of captured decode steps and tuned shapes (``benchmarks/gpu_split.py``).
+    """
+    found = tuned.lookup("linear", f"split/{n}x{k}/m{m}")
+    return 0 if found is None else found["columns"]
+
+
+def _in_two(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, cut: int) -> Tensor:
+    for part in (slice(0, cut), slice(cut, None)):
+        if bias is None:
+            torch.mm(x, weight[part].t(), out=out[:, part])
+        else:
+            torch.addmm(bias[part], x, weight[part].t(), out=out[:, part])
+    return out
 
 
 def _new(x: Tensor, n: int) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.cpu import library as cpu
 
 # Candidates looked at before the whole row is searched: most distributions are settled by their largest entries.
@@ -126,6 +127,7 @@ def sample(
     if logits.is_cuda:
         from kubeinfer.kernels.triton_sampling import sample_triton
 
+        always = batch_invariant() and any_sampled  # one variant of the kernel, whatever other rows ask for
         return sample_triton(
             logits,
             temperature,
@@ -135,23 +137,18 @@ def sample(
             seeds,
             positions,
             any_sampled,
-            any_top_k,
-            any_top_p,
-            any_min_p,
+            any_top_k or always,
+            any_top_p or always,
+            any_min_p or always,
         )
-    return sample_reference(
-        logits,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        seeds,
-        positions,
-        any_sampled,
-        any_top_k,
-        any_top_p,
-        any_min_p,
-    )
+    tensors = [logits, temperature, top_k, top_p, min_p, seeds, positions]
+    flags = {
+        "any_sampled": any_sampled, "any_top_k": any_top_k, "any_top_p": any_top_p, "any_min_p": any_min_p,
+    }  # fmt: skip
+    if batch_invariant() and any_sampled:  # sums over the vocabulary may depend on the number of rows
+        rows = zip(*(t.split(1) for t in tensors), strict=True)
+        return torch.cat([sample_reference(*row, **flags) for row in rows])
+    return sample_reference(*tensors, **flags)
 
 
 def sample_reference(
@@ -168,7 +165,8 @@ def sample_reference(
     any_min_p: bool = True,
 ) -> Tensor:
     """`sample` in torch."""
-    result = cpu.argmax(logits) if cpu.usable(logits) and not logits.is_cuda else logits.argmax(-1)
+    ours = not logits.is_cuda and logits.dtype == torch.float32 and cpu.library() is not None
+    result = cpu.argmax(logits) if ours else logits.argmax(-1)
     if not any_sampled:
         return result
     rows = torch.nonzero(temperature > 0).flatten()

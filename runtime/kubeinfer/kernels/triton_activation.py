@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 
@@ -48,7 +49,7 @@ def silu_and_mul_triton(x: Tensor, out: Tensor | None) -> Tensor:
     num_rows = x.shape[0]
     if num_rows == 0:
         return out
-    block, num_warps = (512, 2) if num_rows <= 64 else (2048, 8)
+    block, num_warps = (512, 2) if num_rows <= 64 or batch_invariant() else (2048, 8)
     pdl = overlaps_launches()
     _SILU_AND_MUL.launch(
         (num_rows, triton.cdiv(width, block), 1),

@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kubeinfer.kernels import tuned
+from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.triton_launch import Kernel, has_tensor_memory_accelerator, overlaps_launches
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ _TMA_HEAD_DIMS = (64, 128)
 # Below this the loads by address hide as well, and the gather's launch would cost more than it saves.
 _TMA_MIN_CONTEXT = 512
 _GATHER_TILE = 128
+# Under batch invariance: splits of any row, and rows of a launch (which bounds the scratch memory).
+_FIXED_SPLITS = 16
+_FIXED_ROWS = 512
 
 
 @triton.jit
@@ -420,12 +424,16 @@ _PREFILL = Kernel(_prefill_kernel)
 
 def num_splits(num_seqs: int, num_kv_heads: int) -> int:
     """Splits of each decode row; a power of two that depends on the (padded) batch only."""
+    if batch_invariant():
+        return _FIXED_SPLITS
     wanted = max(1, _DECODE_PROGRAMS // max(1, num_seqs * num_kv_heads))
     return int(min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1)))
 
 
 def workspace_rows(max_seqs: int, num_heads: int, num_kv_heads: int) -> int:
     """Partial outputs the largest grid of up to ``max_seqs`` rows writes."""
+    if batch_invariant():
+        return _FIXED_ROWS * num_heads * _FIXED_SPLITS
     return max(n * num_heads * num_splits(n, num_kv_heads) for n in range(1, max(1, max_seqs) + 1))
 
 
@@ -475,7 +483,21 @@ def paged_attention_triton(
     v_scale: float,
     prefill_kv_tokens: int | None,
 ) -> Tensor:
-    """`kubeinfer.kernels.attention.paged_attention` on CUDA tensors."""
+    """`kubeinfer.kernels.attention.paged_attention` on CUDA tensors.
+
+    Under batch invariance every sequence must have one query token: each row is its own program's, cut into a number of
+    splits that is the same for any batch.
+    """
+    if batch_invariant():
+        if num_decodes < q.shape[0]:
+            raise ValueError("batch-invariant attention takes sequences of one query token")
+        if num_decodes > _FIXED_ROWS:
+            for rows in (slice(i, i + _FIXED_ROWS) for i in range(0, num_decodes, _FIXED_ROWS)):
+                paged_attention_triton(
+                    q[rows], kv_cache, query_start, seq_lens[rows], block_table[rows], out[rows], scale, 1, max_seq_len,
+                    sliding_window, soft_cap, q[rows].shape[0], workspace, k_scale, v_scale, None,
+                )  # fmt: skip
+            return out
     num_tokens, num_heads, head_dim = q.shape
     _, num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
     group = num_heads // num_kv_heads

@@ -21,6 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig, skinny_linear_triton
 
 # Loops of fewer steps are written out: no step then waits for a counter or loads past the end.
 _MOST_UNROLLED = 8
@@ -182,8 +183,9 @@ class Config:
 
 
 @functools.cache
-def find_config(m: int, n: int, k: int, kind: str) -> Config | None:
-    """The configuration for ``m`` tokens; None where cuBLAS is as fast, or nothing is known.
+def find_config(m: int, n: int, k: int, kind: str) -> Config | SkinnyConfig | None:
+    """The configuration for ``m`` tokens, of this kernel or of the one for more tokens; None where cuBLAS is as fast, or
+    nothing is known.
 
     Tuned entries are for an exact shape, else for all of a ``kind`` (``plain``, ``gated``) whose K rounds up to the same power
     of two; ``block_n`` 0 says that cuBLAS won.
@@ -192,7 +194,7 @@ def find_config(m: int, n: int, k: int, kind: str) -> Config | None:
     found = tuned.lookup("linear", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
     if found is None or found["block_n"] == 0:
         return None
-    return Config(**found)
+    return SkinnyConfig(**found) if "split_k" in found else Config(**found)
 
 
 @functools.cache
@@ -218,7 +220,7 @@ def linear_triton(
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    config: Config,
+    config: Config | SkinnyConfig,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
@@ -228,13 +230,15 @@ def linear_triton(
     """``out = norm(x) @ (weight * weight_scale).T + bias``, through the gate where ``gated``, added to ``out`` where ``add``.
 
     Args:
-        x: ``[M, K]`` of 16-bit numbers, rows contiguous and aligned to 16 bytes; M is small and compiled in.
+        x: ``[M, K]`` of 16-bit numbers, rows contiguous and aligned to 16 bytes; M is small (for this kernel compiled in).
         weight: ``[N, K]``, or ``[2 N, K]`` where ``gated`` (gates first); K a multiple of 8.
         bias: ``[N]`` or ``[2 N]``.
         out: ``[M, N]``.
         norm_weight: ``[K]``; None: ``x`` as it is.
         weight_scale: fp32, one a row of a float8_e4m3fn ``weight`` (K a multiple of 16); None: ``weight`` is of 16 bits.
     """
+    if isinstance(config, SkinnyConfig):
+        return skinny_linear_triton(x, weight, bias, out, config, norm_weight, eps, gated, add)
     m, k = x.shape
     n = out.shape[1]
     steps = triton.cdiv(k, config.block_k)

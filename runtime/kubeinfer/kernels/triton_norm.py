@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 
@@ -85,7 +86,7 @@ def rms_norm_triton(
     num_rows, width = x.shape
     if num_rows == 0:
         return out
-    padded, rows, num_warps = _config(width, num_rows <= 512)
+    padded, rows, num_warps = _config(width, num_rows <= 512 or batch_invariant())
     other = residual if residual is not None else x
     pdl = overlaps_launches()
     _RMS_NORM.launch(

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 
@@ -156,7 +157,8 @@ def rope_and_cache_triton(
         num_heads = 0  # nothing to do for q
     # Few tokens: spread the heads over programs; many: let each program move more.
     total = num_tokens * (num_heads + 2 * num_kv_heads)
-    rows, num_warps = (4, 1) if total <= 8192 else (16, 2) if head_dim > 64 else (32, 2)
+    few = total <= 8192 or batch_invariant()
+    rows, num_warps = (4, 1) if few else (16, 2) if head_dim > 64 else (32, 2)
     pdl = overlaps_launches()
     _ROPE.launch(
         (triton.cdiv(total, rows), 1, 1),

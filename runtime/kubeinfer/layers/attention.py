@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,9 +32,27 @@ class StepContext:
     num_decodes: int
     kv_caches: list[Tensor] = field(
         default_factory=list
-    )  # a layer each: [2, blocks, kv heads, block_size, head_dim]
+    )  # one for each layer of this stage: [2, blocks, kv heads, block_size, head_dim]
     workspace: DecodeWorkspace | None = None
+    wanted: Tensor | None = None  # int32 [N]: tokens whose final states are asked for; None: all
     prefill_kv_tokens: int | None = None  # sum of seq_lens after the decodes, where the host knows it
+
+
+def each_token_alone(step: StepContext) -> StepContext:
+    """The same step with each token a sequence of its own: its attention then depends on nothing but its context."""
+    tokens = step.positions.shape[0]
+    device = step.positions.device
+    lengths = step.query_start.diff()
+    owners = torch.arange(lengths.shape[0], device=device).repeat_interleave(lengths, output_size=tokens)
+    return replace(
+        step,
+        query_start=torch.arange(tokens + 1, dtype=torch.int32, device=device),
+        seq_lens=step.positions + 1,
+        block_table=step.block_table[owners],
+        max_query_len=1,
+        num_decodes=tokens,
+        prefill_kv_tokens=None,
+    )
 
 
 class SelfAttention:
@@ -53,7 +71,8 @@ class SelfAttention:
         qk_norm: bool = False,
         out_name: str = "o_proj",
     ):
-        self.layer = layer
+        store.begin_layer(layer)  # a decoder layer begins with its attention
+        self.cache_index = layer - store.stage.layers(config.num_layers).start
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.window = config.layer_windows[layer]
@@ -81,7 +100,15 @@ class SelfAttention:
 
     def __call__(self, hidden: Tensor, step: StepContext) -> Tensor:
         """``hidden [T, H]`` -> ``[T, H]``; this step's keys and values are written to the cache."""
-        return self.out(self._attend(self.qkv(hidden), step))
+        return self.out(self.attend(hidden, step))
+
+    def attend(self, hidden: Tensor, step: StepContext) -> Tensor:
+        """All but the output projection: ``[T, H]`` -> ``[T, Hq D]``."""
+        return self._attend(self.qkv(hidden), step)
+
+    def partial(self, hidden: Tensor, step: StepContext) -> Tensor:
+        """This rank's part of the result."""
+        return self.out.partial(self._attend(self.qkv(hidden), step))
 
     def add_to(self, residual: Tensor, norm: RMSNorm, step: StepContext) -> Tensor:
         """``residual += self(norm(residual))`` in place; a group of one rank only."""
@@ -92,7 +119,7 @@ class SelfAttention:
         tokens = projected.shape[0]
         qkv = projected.view(tokens, -1, self.head_dim)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        cache = step.kv_caches[self.layer]
+        cache = step.kv_caches[self.cache_index]
         rope_and_cache(
             q, k, v, step.positions, self.cos_sin, step.slot_mapping, cache,
             q_norm_weight=self.q_norm.weight if self.q_norm else None,

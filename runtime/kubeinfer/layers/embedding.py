@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kubeinfer.kernels.embedding import vocab_parallel_embedding
-from kubeinfer.kernels.linear import PackedWeight, linear, pack_weight
+from kubeinfer.kernels.linear import PackedWeight, linear, logits, pack_weight
 from kubeinfer.layers.parameters import ParameterStore
 
 
@@ -13,6 +13,7 @@ class VocabEmbedding:
     """This rank's rows of the vocabulary; used as embedding, as output head, or as both (tied)."""
 
     def __init__(self, store: ParameterStore, name: str, vocab_size: int, hidden: int):
+        store.begin_layer(None)
         self.group = store.group
         self.vocab_size = vocab_size
         shard = -(-vocab_size // self.group.size)
@@ -41,6 +42,7 @@ class VocabEmbedding:
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """``hidden [N, H]`` -> ``[N, vocab_size]``, on every rank; into ``out`` where given."""
         if self.group.size == 1:
-            return linear(hidden, self.weight, None, self._packed, out)
-        whole = self.group.all_gather(linear(hidden, self.weight, None, self._packed))[:, : self.vocab_size]
-        return whole.contiguous() if out is None else out.copy_(whole)
+            return logits(hidden, self.weight, self._packed, out)
+        buffer = self.group.gather_buffer(hidden.shape[0], self.weight.shape[0], hidden.dtype)
+        part = linear(hidden, self.weight, None, self._packed, buffer)
+        return self.group.all_gather(part, self.vocab_size, out)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kubeinfer.errors import OptionError
 from kubeinfer.kernels.fp8 import RowQuantizer
-from kubeinfer.kernels.linear import MAX_FEW_ROWS
+from kubeinfer.kernels.linear import MAX_FEW_ROWS, PackedWeight
 from kubeinfer.layers.norm import RMSNorm
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.layers.quantization import LinearMethod, LoadingWeight, Part, Shard, loading_weight
@@ -33,6 +33,11 @@ class Linear:
         if self._loading is not None:
             self.method = self._loading.finish()
             self._loading = None  # what was loaded is kept only in the method's form
+
+    @property
+    def packed(self) -> PackedWeight | None:
+        """The weight in the CPU kernels' layout, if it is in that."""
+        return self.method.packed
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.method.apply(x, self.bias)
@@ -127,6 +132,7 @@ class RowLinear(Linear):
         rank, size = self.group.rank, self.group.size
         check_divisible(in_features, size, f"{name} inputs")
         shard = in_features // size
+        self.out_features = out_features
         part = Part(name, 0, 0, out_features, out_features)
         super().__init__(store, Shard((part,), shard, rank * shard, in_features), bias)
 
@@ -136,7 +142,12 @@ class RowLinear(Linear):
         super().finish_loading()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.group.all_reduce(self.method.apply(x, self.bias))
+        return self.group.all_reduce(self.partial(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum, where the group's next sum reads it best."""
+        out = self.group.buffer(x.shape[0], self.out_features, x.dtype)
+        return self.method.apply_into(x, self.bias, out)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """``residual += self(x)`` in place; a group of one rank only."""

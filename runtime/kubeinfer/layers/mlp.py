@@ -25,6 +25,10 @@ class GatedMLP:
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(self.gate_up(x))
 
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's part of the result."""
+        return self.down.partial(self.gate_up(x))
+
     def add_to(self, residual: Tensor, norm: RMSNorm) -> Tensor:
         """``residual += self(norm(residual))`` in place; a group of one rank only."""
         return self.down.add_to(residual, self.gate_up.after_norm(residual, norm))

@@ -8,6 +8,7 @@ from torch import Tensor
 from kubeinfer.kernels.fp8 import RowQuantizer
 from kubeinfer.kernels.linear import MAX_FEW_ROWS
 from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm
+from kubeinfer.layers.parallel import Group
 from kubeinfer.layers.parameters import ParameterStore
 
 
@@ -31,6 +32,12 @@ class RMSNorm:
         if residual is None:
             return rms_norm(x, self.weight, self.eps), x
         return fused_add_rms_norm(x, residual, self.weight, self.eps)
+
+    def of_sum(self, group: Group, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call with the sum of the ranks' ``partial``; see `Group.all_reduce_norm` for how long it is good."""
+        if self.quantizer is not None and group.size == 1:
+            return self(partial, residual)
+        return group.all_reduce_norm(partial, residual, self.weight, self.eps)
 
 
 class LayerNorm:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from kubeinfer.errors import ModelLoadError
-from kubeinfer.layers.parallel import Group
+from kubeinfer.layers.parallel import Group, Stage
 from kubeinfer.quantization import QuantizationConfig
 
 # Buffers that some exporters save and no layer reads; the last ones are scales of an 8-bit KV cache.
@@ -73,32 +74,66 @@ class ConvertingSlot:
         self.loaded = True
 
 
+@dataclass(frozen=True)
+class HostLayers:
+    """Decoder layers whose matrices are made in host memory: ``allocate(bytes)`` gives uint8 of it."""
+
+    layers: frozenset[int]
+    allocate: Callable[[int], Tensor]
+
+
 class ParameterStore:
-    """Makes a model's tensors on ``device`` in ``dtype`` and fills them from a checkpoint."""
+    """Makes a model's tensors on ``device`` in ``dtype`` and fills them from a checkpoint.
+
+    The matrices of ``host``'s layers are made in host memory instead; ``host_tensors`` has them by layer. On the device
+    ``meta`` a store only measures.
+    """
 
     def __init__(
         self,
         device: torch.device,
         dtype: torch.dtype,
         group: Group,
+        host: HostLayers | None = None,
+        stage: Stage | None = None,
         quantization: QuantizationConfig | None = None,
     ):
         self.device = device
         self.dtype = dtype
         self.group = group
+        self.stage = stage or Stage()
         self.quantization = quantization
+        self.host = host
         self.slots: dict[str, list[Slot | ConvertingSlot]] = {}
         self.tensors: list[Tensor] = []
-        self.num_bytes = 0
+        self.host_tensors: dict[int, list[Tensor]] = {}
+        self.layer_bytes: dict[int, int] = {}  # of a decoder layer's matrices
+        self.num_bytes = 0  # on the device
+        self.num_host_bytes = 0
         self._dummy_values: dict[int, float] = {}
+        self._layer: int | None = None
+
+    def begin_layer(self, layer: int | None) -> None:
+        """The tensors made from now on are decoder layer ``layer``'s; None: they belong to no layer."""
+        self._layer = layer
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None, dummy: float | None = None) -> Tensor:
         """An unfilled tensor; of the store's dtype when none is given. ``dummy`` is its one value under load_format dummy."""
-        tensor = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        dtype = dtype or self.dtype
+        size = prod(shape) * dtype.itemsize
+        layer = self._layer if len(shape) > 1 else None  # vectors are small, and stay with the device
+        if layer is not None:
+            self.layer_bytes[layer] = self.layer_bytes.get(layer, 0) + size
+        if layer is not None and self.host is not None and layer in self.host.layers:
+            tensor = self.host.allocate(size).view(dtype).view(shape)
+            self.host_tensors.setdefault(layer, []).append(tensor)
+            self.num_host_bytes += size
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+            self.num_bytes += size
         if dummy is not None:
             self._dummy_values[len(self.tensors)] = dummy
         self.tensors.append(tensor)
-        self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def expect(
@@ -111,9 +146,15 @@ class ParameterStore:
         """Checkpoint tensor ``name`` goes through ``put``; it may be missing where not ``required``."""
         self.slots.setdefault(name, []).append(ConvertingSlot(put, required))
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], optional: frozenset[str] = frozenset()) -> None:
+    def load(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        optional: frozenset[str] = frozenset(),
+        elsewhere: tuple[str, ...] = (),
+    ) -> None:
         """Copy every tensor to its place. ``optional`` names may be there or not (a tied head's copy).
 
+        Names that begin like one of ``elsewhere`` are other stages'.
         Raises :class:`ModelLoadError` naming what is left over or missing.
         """
         left_over = []
@@ -121,7 +162,7 @@ class ParameterStore:
             # A checkpoint saved from the model without its head lacks the prefix (facebook/opt-125m).
             slots = self.slots.get(name) or self.slots.get(f"model.{name}")
             if slots is None:
-                if name not in optional and not name.endswith(_IGNORED_ENDINGS):
+                if not (name in optional or name.endswith(_IGNORED_ENDINGS) or belongs(name, elsewhere)):
                     left_over.append(name)
                 continue
             for slot in slots:
@@ -141,6 +182,7 @@ class ParameterStore:
     def release(self) -> None:
         """Let go of the tensors: from now on they live as long as the layers that use them."""
         self.tensors.clear()
+        self.host_tensors.clear()
         self._dummy_values.clear()
         self.slots.clear()
 
@@ -148,18 +190,27 @@ class ParameterStore:
         """Random weights of a sane scale, the same for a seed (load_format dummy)."""
         generator = torch.Generator(device=self.device).manual_seed(seed)
         for index, tensor in enumerate(self.tensors):
+            # What belongs in host memory is drawn on the device too, so that it has the same values there.
+            made = tensor if tensor.device == self.device else torch.empty_like(tensor, device=self.device)
             if index in self._dummy_values:
-                tensor.fill_(self._dummy_values[index])
-            elif not tensor.is_floating_point():
-                tensor.random_(-(2**31), 2**31 - 1, generator=generator)
-            elif tensor.dim() == 1:
-                tensor.fill_(1.0)
-            elif tensor.dtype == torch.float8_e4m3fn:
-                wide = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
+                made.fill_(self._dummy_values[index])
+            elif not made.is_floating_point():
+                made.random_(-(2**31), 2**31 - 1, generator=generator)
+            elif made.dim() == 1:
+                made.fill_(1.0)
+            elif made.dtype == torch.float8_e4m3fn:
+                wide = torch.empty(made.shape, dtype=self.dtype, device=self.device)
                 wide.normal_(0.0, FP8_DUMMY_SPREAD, generator=generator)
-                tensor.copy_(wide.clamp_(-6 * FP8_DUMMY_SPREAD, 6 * FP8_DUMMY_SPREAD))  # beyond 448 is NaN
+                made.copy_(wide.clamp_(-6 * FP8_DUMMY_SPREAD, 6 * FP8_DUMMY_SPREAD))  # beyond 448 is NaN
             else:
-                tensor.normal_(0.0, 0.02, generator=generator)
+                made.normal_(0.0, 0.02, generator=generator)
+            if made is not tensor:
+                tensor.copy_(made)
+
+
+def belongs(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether checkpoint tensor ``name`` begins like one of ``prefixes``, which are written with ``model.``."""
+    return name.startswith(prefixes) or f"model.{name}".startswith(prefixes)
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kubeinfer.kernels.cpu.decoder import DecoderShape, DecoderStack, LayerWeights, decoder_stack
 from kubeinfer.kernels.linear import few_rows
 from kubeinfer.layers.attention import SelfAttention, StepContext
 from kubeinfer.layers.embedding import VocabEmbedding
@@ -20,7 +21,7 @@ class DecoderLayer:
     def __init__(self, store: ParameterStore, config: ModelConfig, layer: int, attention: SelfAttention):
         prefix = f"model.layers.{layer}"
         bias = bool(config.hf_config.get("mlp_bias", False))
-        self.alone = store.group.size == 1
+        self.group = store.group
         self.attention = attention
         self.mlp = GatedMLP(store, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, bias)
         self.input_norm = RMSNorm(store, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps)
@@ -31,13 +32,45 @@ class DecoderLayer:
     def __call__(
         self, hidden: Tensor, residual: Tensor | None, step: StepContext
     ) -> tuple[Tensor, Tensor | None]:
-        if residual is None and self.alone and few_rows(hidden):
+        """``residual`` None: ``hidden`` is the whole residual stream; else it lacks the sum of the ranks' ``hidden``."""
+        if residual is None and self.group.size == 1 and few_rows(hidden):
             # Norms and additions ride along with the matrix products, and ``hidden`` is the whole residual stream.
             self.attention.add_to(hidden, self.input_norm, step)
             return self.mlp.add_to(hidden, self.mlp_norm), None
+        if residual is None:
+            hidden, residual = self.input_norm(hidden, None)
+        else:
+            hidden, residual = self.input_norm.of_sum(self.group, hidden, residual)
+        hidden, residual = self.mlp_norm.of_sum(self.group, self.attention.partial(hidden, step), residual)
+        return self.mlp.partial(hidden), residual
+
+    def finish(
+        self, hidden: Tensor, residual: Tensor | None, wanted: Tensor, step: StepContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the last layer: all tokens' keys and values, but only the ``wanted`` tokens' states ``[N, H]``."""
+        if residual is not None and self.group.size > 1:  # rows are chosen below, and a rank may lack some
+            hidden, residual = self.group.all_reduce_add(hidden, residual), None
         hidden, residual = self.input_norm(hidden, residual)
-        hidden, residual = self.mlp_norm(self.attention(hidden, step), residual)
-        return self.mlp(hidden), residual
+        attended = self.attention.attend(hidden, step)
+        if not wanted.shape[0]:
+            return residual[:0], residual
+        attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
+        hidden, residual = self.mlp_norm.of_sum(self.group, self.attention.out.partial(attended), residual)
+        return self.mlp.partial(hidden), residual
+
+    def weights(self) -> LayerWeights | None:
+        """What the CPU's stack of layers reads, where every product is packed."""
+        attention, mlp = self.attention, self.mlp
+        packed = [linear.packed for linear in (attention.qkv, attention.out, mlp.gate_up, mlp.down)]
+        if any(weight is None for weight in packed):
+            return None
+        qkv, out, gate_up, down = (weight.data for weight in packed if weight is not None)
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        return LayerWeights(
+            self.input_norm.weight, qkv, attention.qkv.bias, q_norm.weight if q_norm else None,
+            k_norm.weight if k_norm else None, out, attention.out.bias, self.mlp_norm.weight, gate_up,
+            mlp.gate_up.bias, down, mlp.down.bias, attention.window,
+        )  # fmt: skip
 
 
 class LlamaForCausalLM:
@@ -48,21 +81,32 @@ class LlamaForCausalLM:
 
     def __init__(self, config: ModelConfig, store: ParameterStore):
         self.config = config
-        self.embedding = VocabEmbedding(store, "model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.group = store.group
+        stage, tied, total = store.stage, config.tie_word_embeddings, config.num_layers
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = VocabEmbedding(store, "model.embed_tokens", *shape) if stage.first else None
         trained = int(config.hf_config.get("max_position_embeddings") or config.max_model_len)
         cos_sin = rope_table(config.rope, config.head_dim, config.max_model_len, trained).to(store.device)
         self.layers = [
             DecoderLayer(store, config, layer, self.attention(store, config, layer, cos_sin))
-            for layer in range(config.num_layers)
+            for layer in stage.layers(total)
         ]
-        self.norm = RMSNorm(store, "model.norm", config.hidden_size, config.norm_eps)
-        tied = config.tie_word_embeddings
-        self.head = (
-            self.embedding
-            if tied
-            else VocabEmbedding(store, "lm_head", config.vocab_size, config.hidden_size)
-        )
+        elsewhere = stage.layers_elsewhere("model.layers", total)
+        self.norm: RMSNorm | None = None
+        self.head: VocabEmbedding | None = None
+        if stage.last:
+            self.norm = RMSNorm(store, "model.norm", config.hidden_size, config.norm_eps)
+            if tied and self.embedding is not None:
+                self.head = self.embedding
+            else:
+                self.head = VocabEmbedding(store, "model.embed_tokens" if tied else "lm_head", *shape)
+        else:
+            elsewhere += ["model.norm.", "lm_head."]
+        if not (stage.first or (stage.last and tied)):
+            elsewhere.append("model.embed_tokens.")
         self.optional_weights = frozenset({"lm_head.weight"} if tied else ())
+        self.weights_elsewhere = tuple(elsewhere)  # beginnings of names that belong to other stages
+        self.stack: DecoderStack | None = None
 
     def attention(
         self, store: ParameterStore, config: ModelConfig, layer: int, cos_sin: Tensor
@@ -80,15 +124,52 @@ class LlamaForCausalLM:
             layer.attention.qkv.quantized_by(layer.input_norm)
             layer.mlp.gate_up.quantized_by(layer.mlp_norm)
             layer.mlp.down.quantized_by(layer.mlp.gate_up)
-        self.head.finish_loading()
+        if self.head is not None:
+            self.head.finish_loading()
+        self.stack = self._cpu_stack()
 
-    def forward(self, input_ids: Tensor, step: StepContext) -> Tensor:
-        """``input_ids [T]`` -> final hidden states ``[T, hidden]``."""
-        hidden, residual = self.embedding.embed(input_ids), None
-        for layer in self.layers:
+    def _cpu_stack(self) -> DecoderStack | None:
+        """The layers as one call into the CPU's library, where it serves them."""
+        weights = [layer.weights() for layer in self.layers]
+        if not weights or any(w is None for w in weights) or self.group.size > 1:
+            return None
+        config, attention = self.config, self.layers[0].attention
+        shape = DecoderShape(
+            config.hidden_size, config.intermediate_size, attention.num_heads, attention.num_kv_heads, config.head_dim,
+            attention.cos_sin, config.norm_eps, attention.scale,
+        )  # fmt: skip
+        return decoder_stack(shape, [w for w in weights if w is not None])
+
+    def forward(self, inputs: Tensor, step: StepContext) -> Tensor:
+        """Token ids ``[T]``, or the hidden states ``[T, hidden]`` of the stage before -> those after this stage.
+
+        The last stage's are normed, and of ``step.wanted`` tokens only (all, if None); what stages hand on is the whole
+        residual stream.
+        """
+        hidden, residual = inputs if self.embedding is None else self.embedding.embed(inputs), None
+        if self.stack is not None:
+            hidden = self.stack(
+                hidden, step.positions, step.slot_mapping, step.query_start, step.seq_lens, step.block_table,
+                step.kv_caches, step.wanted,
+            )  # fmt: skip
+            return hidden if self.norm is None else self.norm(hidden, None)[0]
+        for layer in self.layers[:-1]:
             hidden, residual = layer(hidden, residual, step)
-        return self.norm(hidden, residual)[0]
+        last = self.layers[-1]
+        if step.wanted is None:
+            hidden, residual = last(hidden, residual, step)
+        else:
+            hidden, residual = last.finish(hidden, residual, step.wanted, step)
+            if not hidden.shape[0]:
+                return hidden
+        if self.norm is None:
+            return hidden if residual is None else self.group.all_reduce_add(hidden, residual)
+        if residual is None:
+            return self.norm(hidden, None)[0]
+        return self.norm.of_sum(self.group, hidden, residual)[0]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """``hidden [N, H]`` -> ``[N, vocab_size]``; into ``out`` where given."""
+        """``hidden [N, H]`` -> ``[N, vocab_size]``; into ``out`` where given. The last stage's."""
+        if self.head is None:
+            raise RuntimeError("only the last stage has the output head")
         return self.head.logits(hidden, out)

@@ -19,6 +19,7 @@ from kubeinfer.kernels.attention import DecodeWorkspace
 from kubeinfer.kernels.batch_prep import StepInputs, prepare_decode, step_inputs, store_sampled
 from kubeinfer.kernels.sampling import sample
 from kubeinfer.layers.attention import StepContext
+from kubeinfer.layers.parallel import Stage
 from kubeinfer.worker.tables import RowTables
 
 _SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
@@ -47,7 +48,10 @@ class DecodeGraphs:
         vocab_size: int,
         dtype: torch.dtype,
         sizes: list[int],
+        stage: Stage | None = None,
     ):
+        """``stage``: of a pipeline. Its graphs begin and end with hidden states; what is sent is not part of them."""
+        self.stage = stage or Stage()
         self.model = model
         self.tables = tables
         self.kv_caches = kv_caches
@@ -62,7 +66,10 @@ class DecodeGraphs:
         self._query_start = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self._zeros = torch.zeros(largest, dtype=torch.float32, device=device)
         self._longs = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._logits = torch.empty(largest, vocab_size, dtype=dtype, device=device)
+        self._logits = torch.empty(largest if self.stage.last else 0, vocab_size, dtype=dtype, device=device)
+        width = model.config.hidden_size
+        self.hidden_in = torch.zeros(0 if self.stage.first else largest, width, dtype=dtype, device=device)
+        self.hidden_out = torch.zeros(0 if self.stage.last else largest, width, dtype=dtype, device=device)
         self._tokens = torch.zeros(largest, dtype=torch.int64, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
@@ -80,6 +87,11 @@ class DecodeGraphs:
             pool = pool or graph.pool()
             self._graphs[size] = graph
         return pool
+
+    def run(self) -> None:
+        """Run every size outside a graph."""
+        for size in reversed(self.sizes):
+            self._step(size)
 
     def _step(self, size: int) -> None:
         tables, inputs = self.tables, self._inputs
@@ -100,7 +112,12 @@ class DecodeGraphs:
             kv_caches=self.kv_caches,
             workspace=self.workspace,
         )
-        hidden = self.model.forward(inputs.input_ids[:size], step)
+        hidden = self.model.forward(
+            inputs.input_ids[:size] if self.stage.first else self.hidden_in[:size], step
+        )
+        if not self.stage.last:
+            self.hidden_out[:size].copy_(hidden)
+            return
         logits = self.model.logits(hidden, self._logits[:size])
         zeros, longs = self._zeros[:size], self._longs[:size]
         tokens = sample(
@@ -114,7 +131,11 @@ class DecodeGraphs:
         return batch <= self.sizes[-1]
 
     def replay(self, rows: NDArray[np.int32], starts: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
-        """Run a decode step: (greedy tokens int64 ``[B]``, logits ``[B, V]``), both overwritten by the next replay."""
+        """Run a decode step: (greedy tokens int64 ``[B]``, logits ``[B, V]``), both overwritten by the next replay.
+
+        In a pipeline, ``hidden_in`` must be filled before on all stages but the first, and all but the last leave
+        ``hidden_out`` and nothing else.
+        """
         batch = len(rows)
         size = self.sizes[bisect.bisect_left(self.sizes, batch)]
         host = torch.empty(2, size, dtype=torch.int32, pin_memory=True)

@@ -9,13 +9,22 @@ from torch import Tensor
 
 from kubeinfer.kernels import sampling
 from kubeinfer.kernels.attention import decode_workspace
-from kubeinfer.layers.attention import StepContext
+from kubeinfer.kernels.batch_invariance import batch_invariant
+from kubeinfer.kernels.compile_ahead import compile_ahead
+from kubeinfer.layers.attention import StepContext, each_token_alone
+from kubeinfer.layers.parallel import Group, Stage
 from kubeinfer.options import EngineOptions
 from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
+from kubeinfer.worker.memory import usable_cpus
 from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.model_runner import ModelRunner
 
 _MOST_PROFILED_TOKENS = 65536
+
+
+def processes(group: Group, stage: Stage) -> int:
+    """That compile kernels: this rank's share of the processors."""
+    return min(16, usable_cpus() // (group.size * stage.count))
 
 
 def dummy_step(
@@ -50,44 +59,83 @@ def dummy_step(
 
 @torch.inference_mode()
 def profile_largest_step(
-    model: Any, page: list[Tensor], block_size: int, max_tokens: int, max_num_seqs: int
+    model: Any,
+    page: list[Tensor],
+    block_size: int,
+    max_tokens: int,
+    max_num_seqs: int,
+    stage: Stage,
+    key: str,
+    group: Group,
 ) -> int:
-    """Bytes that the largest step needs beside weights and cache: one is run, on a cache of one page."""
+    """Bytes that the largest step needs beside weights and cache: one is run, on a cache of one page.
+
+    ``key`` says what model and options this is: kernels are compiled ahead once for each.
+    """
     tokens = min(max_tokens, _MOST_PROFILED_TOKENS)
     ids, step = dummy_step(page, block_size, 0, [tokens])
     device = ids.device
+
+    def whole() -> None:
+        _forward(model, ids, step, stage, max_num_seqs)
+
+    compile_ahead(whole, f"profile {key}", processes(group, stage), group.smallest)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    hidden = model.forward(ids, step)
-    logits = model.logits(hidden[:max_num_seqs])
-    del hidden, logits
+    whole()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
-    return int(peak)
+    # Hidden states on their way to or from the stages beside this one, a step's in each.
+    on_the_way = 0 if stage.count == 1 else (stage.count + 1) * max_tokens * model.config.hidden_size * 4
+    return int(peak) + on_the_way
+
+
+def _forward(model: Any, ids: Tensor, step: StepContext, stage: Stage, rows: int) -> None:
+    """This stage's part of a step that makes logits of the first ``rows`` tokens; the results are dropped."""
+    config = model.config
+    dtype = getattr(torch, config.dtype)
+    inputs = ids if stage.first else torch.zeros(len(ids), config.hidden_size, dtype=dtype, device=ids.device)
+    if batch_invariant():
+        step = each_token_alone(step)
+    hidden = model.forward(inputs, step)
+    if stage.last:
+        model.logits(hidden[:rows])
 
 
 @torch.inference_mode()
-def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int) -> None:
+def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int, key: str, group: Group) -> None:
     """Scratch memory of the decode kernel, CUDA graphs unless ``enforce_eager``, and a first run of eager steps."""
     model, tables, config = runner.model, runner.tables, runner.model.config
     max_rows = tables.spare_row
     kv_heads, heads = runner.kv_caches[0].shape[2], model.layers[0].attention.num_heads
     dtype = runner.dtype
     runner.workspace = decode_workspace(max_rows, heads, kv_heads, config.head_dim, runner.device)
+    graphs: DecodeGraphs | None = None
+    mixed: MixedGraphs | None = None
     if not options.enforce_eager:
         graphs = DecodeGraphs(
             model, tables, runner.kv_caches, runner.workspace, runner.block_size, config.vocab_size, dtype,
-            capture_sizes(max_rows, options.cudagraph_capture_sizes),
+            capture_sizes(max_rows, options.cudagraph_capture_sizes), runner.stage,
         )  # fmt: skip
-        pool = graphs.capture()
-        runner.graphs = graphs
+    # Steps with prompts run eagerly in a pipeline, and where each of their tokens stands alone.
+    if not (options.enforce_eager or runner.pipeline is not None or options.batch_invariant):
         mixed = MixedGraphs(
             model, tables, runner.kv_caches, runner.workspace, config.vocab_size, dtype, runner.block_size,
             max_rows, max_tokens,
         )  # fmt: skip
+
+    def steps() -> None:
+        for captured in (graphs, mixed):
+            if captured is not None:
+                captured.run()
+        warm_up(runner, max_tokens)
+
+    compile_ahead(steps, f"steps {key}", processes(group, runner.stage), group.smallest)
+    pool = graphs.capture() if graphs is not None else None
+    if mixed is not None:
         mixed.capture(pool)
-        runner.mixed_graphs = mixed
+    runner.graphs, runner.mixed_graphs = graphs, mixed
     warm_up(runner, max_tokens)
 
 
@@ -98,8 +146,13 @@ def warm_up(runner: ModelRunner, max_tokens: int) -> None:
         chunks = [min(17, max(2, (max_tokens - count) // count))] * count
         if count + sum(chunks) <= max_tokens:
             ids, step = dummy_step(runner.kv_caches, runner.block_size, count, chunks, runner.workspace)
-            runner.model.logits(runner.model.forward(ids, step)[:count])
+            if runner.stage.last:
+                step.wanted = torch.arange(count, dtype=torch.int32, device=runner.device)
+            _forward(runner.model, ids, step, runner.stage, count)
         count *= 2
+    if not runner.stage.last:
+        torch.cuda.synchronize(runner.device)
+        return
     logits = torch.zeros(2, runner.model.config.vocab_size, dtype=runner.dtype, device=runner.device)
     ones = torch.ones(2, dtype=torch.float32, device=runner.device)
     longs = torch.ones(2, dtype=torch.int64, device=runner.device)

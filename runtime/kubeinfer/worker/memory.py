@@ -13,13 +13,19 @@ if TYPE_CHECKING:
     import torch
 
 _GIB = 2**30
+_HOST_SHARE = (
+    0.9  # of free host memory that may be page-locked: what is locked can never be swapped or reclaimed
+)
 _CPU_SHARE = (
     0.5  # of free host memory: the rest is for activations, the page cache and the other processes of the pod
 )
 
 
 def free_host_bytes() -> int:
-    """Memory this process may still take: the machine's, or its cgroup's if that is less."""
+    """Memory this process may still take: the machine's, or its cgroup's if that is less.
+
+    Files read a while ago (weights, often) count as free, as they do for the kubelet: the kernel drops them on demand.
+    """
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -29,8 +35,18 @@ def free_host_bytes() -> int:
     ):
         limit, usage = _read_int(limit_file), _read_int(usage_file)
         if limit is not None and usage is not None:
+            usage -= _inactive_file_bytes(str(Path(usage_file).parent))
             free = min(free, max(0, limit - usage))
     return free
+
+
+def _inactive_file_bytes(cgroup: str) -> int:
+    """Page cache of ``cgroup`` (a folder) that the kernel counts to it and may drop."""
+    for line in (_read_text(f"{cgroup}/memory.stat") or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file") and value.isdigit():
+            return int(value)
+    return 0
 
 
 def usable_cpus() -> int:
@@ -84,7 +100,8 @@ def cpu_kv_blocks(options: EngineOptions, config: ModelConfig, per_block: int, m
     elif options.cpu_kvcache_space is not None:
         budget, source = int(options.cpu_kvcache_space * _GIB), "--cpu-kvcache-space"
     else:
-        budget, source = int(free * _CPU_SHARE), ""
+        ranks = options.tensor_parallel_size * options.pipeline_parallel_size
+        budget, source = int(free * _CPU_SHARE) // ranks, ""
     if source and budget > free:
         raise OptionError(
             f"{source} asks for {budget / _GIB:.1f} GiB of KV cache, but only {free / _GIB:.1f} GiB of memory are free "
@@ -139,3 +156,28 @@ def gpu_kv_blocks(
             "gpu_memory_utilization",
         )
     return int(blocks)
+
+
+def check_host_memory(option: str, gib: float, ranks: int, free: int) -> None:
+    """Raise :class:`OptionError` if ``ranks`` GPUs of this machine cannot have ``gib`` GiB each of ``free`` bytes."""
+    if gib * _GIB * ranks <= free * _HOST_SHARE:
+        return
+    most = int(free * _HOST_SHARE / ranks / _GIB * 10) / 10
+    raise OptionError(
+        f"{option} asks for {gib:.4g} GiB of host memory for each of {ranks} GPUs, but of the {free / _GIB:.1f} GiB that "
+        f"are free (cgroup limit included) at most {_HOST_SHARE:.0%} may be page-locked. Lower "
+        f"--{option.replace('_', '-')} to {most:g} or less, or give the pod more memory.",
+        option,
+    )
+
+
+def host_kv_blocks(options: EngineOptions, per_block: int, ranks: int, free: int) -> int:
+    """KV blocks of host memory that one of ``ranks`` GPUs of this machine keeps (``swap_space``) of ``free`` bytes."""
+    check_host_memory("swap_space", options.swap_space, ranks, free)
+    budget = int(options.swap_space * _GIB)
+    if budget < per_block:
+        raise OptionError(
+            f"swap_space {options.swap_space:g} GiB is less than one KV block ({per_block / 2**20:.1f} MiB); raise it.",
+            "swap_space",
+        )
+    return budget // per_block

@@ -21,8 +21,8 @@ from kubeinfer.layers.attention import StepContext
 from kubeinfer.worker.packing import Packing
 from kubeinfer.worker.tables import RowTables
 
-DECODES = (0, 8, 32, 64)
-TOKENS = (64, 128, 256, 512, 1024)
+DECODES = (0, 16, 64)
+TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024)
 
 
 @dataclass(slots=True)
@@ -103,6 +103,11 @@ class MixedGraphs:
             pool = pool or shape.graph.pool()
         return pool
 
+    def run(self) -> None:
+        """Run every shape outside a graph."""
+        for shape in self._shapes.values():
+            self._step(shape)
+
     def _step(self, shape: _Shape) -> None:
         fields, tables = shape.fields, self.tables
         rows, ids = fields["rows"].long(), fields["ids"].clone()
@@ -119,8 +124,9 @@ class MixedGraphs:
             num_decodes=shape.decodes,
             kv_caches=self.kv_caches,
             workspace=self.workspace,
+            wanted=fields["last"],
         )
-        hidden = self.model.forward(ids, step).index_select(0, fields["last"])
+        hidden = self.model.forward(ids, step)
         count = shape.decodes + 1
         logits = self.model.logits(hidden, self.logits[:count])
         zeros, longs = self._zeros[:count], self._longs[:count]

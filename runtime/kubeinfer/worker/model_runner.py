@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kubeinfer.distributed.pipeline import Pipeline
 from kubeinfer.engine.messages import TokenLogprobs
 from kubeinfer.engine.plan import StepPlan, StepResult
 from kubeinfer.kernels.attention import DecodeWorkspace
-from kubeinfer.layers.attention import StepContext
+from kubeinfer.layers.attention import StepContext, each_token_alone
+from kubeinfer.layers.parallel import Stage
 from kubeinfer.worker.cuda_graph import DecodeGraphs
 from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.packing import pack
+from kubeinfer.worker.returned_tokens import ReturnedTokens
 from kubeinfer.worker.sampler import Sampler, token_logprobs
-from kubeinfer.worker.tables import RowTables
+from kubeinfer.worker.tables import RowTables, to_device
 
 
 class PendingResult:
@@ -62,13 +66,23 @@ class ModelRunner:
         max_rows: int,
         max_blocks: int,
         device: torch.device,
+        pipeline: Pipeline | None = None,
+        batch_invariant: bool = False,
     ):
         self.model = model
+        self.batch_invariant = batch_invariant
+        # On CPUs only the library's stack of layers computes every row for itself; torch's kernels need a row at a time.
+        self._one_by_one = batch_invariant and device.type == "cpu" and getattr(model, "stack", None) is None
+        self.pipeline = pipeline
+        self.stage = pipeline.stage if pipeline is not None else Stage()
         self.kv_caches = kv_caches
         self.block_size = block_size
         self.device = device
-        self.dtype: torch.dtype = model.embedding.weight.dtype
+        self.dtype: torch.dtype = getattr(torch, model.config.dtype)
         self.tables = RowTables(max_rows, max_blocks, device)
+        self._returned = (
+            ReturnedTokens(pipeline, self.tables) if pipeline is not None and self.stage.first else None
+        )
         self.sampler = Sampler(max_rows, model.config.vocab_size, device)
         self.workspace: DecodeWorkspace | None = None
         self.graphs: DecodeGraphs | None = None
@@ -80,14 +94,26 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingResult:
         """Launch the step. Rows released earlier are gone, new rows are taken in first."""
-        self.sampler.apply(plan)
         self.tables.apply(plan)
+        if self.stage.last:
+            self._apply_sampling(plan)
+        rows = np.array(plan.rows, np.int32)
+        if self._returned is not None:
+            self._returned.take(plan, rows)
+        result = self._launch(plan, rows)
+        if self._returned is not None:
+            self._returned.expect(plan, rows)
+        return result
+
+    def _apply_sampling(self, plan: StepPlan) -> None:
+        self.sampler.apply(plan)
         for row in plan.released_rows:
             self._prompt_logprobs.pop(row, None)
         for new in plan.new_rows:
             if new.params.prompt_logprobs is not None:
                 self._prompt_logprobs[new.row] = (new.params.prompt_logprobs, new.prompt_len, [])
-        rows = np.array(plan.rows, np.int32)
+
+    def _launch(self, plan: StepPlan, rows: NDArray[np.int32]) -> PendingResult:
         starts = np.array(plan.starts, np.int32)
         if self.graphs is not None and plan.num_decodes == len(rows) and self.graphs.fits(len(rows)):
             return self._replay(plan, rows, starts)
@@ -95,18 +121,56 @@ class ModelRunner:
             key = self.mixed_graphs.pick(plan.num_decodes, plan.num_tokens[-1])
             if key is not None:
                 return self._replay_mixed(key, plan, rows, starts)
-        input_ids, step = self._inputs(plan, rows, starts)
-        hidden = self.model.forward(input_ids, step)
-        return self._sample(plan, hidden, rows, starts)
+        inputs, step = self._inputs(plan, rows, starts)
+        if self.pipeline is not None and not self.stage.first:
+            inputs = self.pipeline.receive_hidden(self._hidden(len(inputs)))
+        if self.batch_invariant:
+            step = each_token_alone(step)
+        hidden = (self._forward_one_by_one if self._one_by_one else self.model.forward)(inputs, step)
+        if self.pipeline is not None and not self.stage.last:
+            self.pipeline.send_hidden(hidden)
+            return PendingResult(torch.empty(0, dtype=torch.int64))
+        return self._sample(plan, hidden, rows, starts, step.wanted is not None)
+
+    def _forward_one_by_one(self, inputs: Tensor, step: StepContext) -> Tensor:
+        """The model's ``forward``, a token at a time, positions in order: a prefix may be another row's of this step."""
+        results: dict[int, Tensor] = {}
+        for i in torch.argsort(step.positions, stable=True).tolist():
+            at = slice(i, i + 1)
+            alone = replace(
+                step, positions=step.positions[at], slot_mapping=step.slot_mapping[at], seq_lens=step.seq_lens[at],
+                query_start=step.query_start[:2], block_table=step.block_table[at], num_decodes=1, wanted=None,
+            )  # fmt: skip
+            results[i] = self.model.forward(inputs[at].clone(), alone)
+        hidden = torch.cat([results[i] for i in range(len(results))])
+        return hidden if step.wanted is None else hidden.index_select(0, step.wanted)
+
+    def _hidden(self, tokens: int) -> Tensor:
+        """Room for hidden states ``[tokens, H]``."""
+        return torch.empty(tokens, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
+
+    def _keep_tokens(self, rows: NDArray[np.int32], tokens: Tensor) -> None:
+        """Where the next step of ``rows`` finds the tokens that they sampled."""
+        if self.pipeline is not None:
+            self.pipeline.send_tokens(tokens)
+        else:
+            self.tables.last_tokens[self._to(rows)] = tokens
 
     def _replay(self, plan: StepPlan, rows: NDArray[np.int32], starts: NDArray[np.int32]) -> PendingResult:
         if self.graphs is None:
             raise RuntimeError("no graph was captured")
+        if self.pipeline is not None and not self.stage.first:
+            self.pipeline.receive_hidden(self.graphs.hidden_in[: len(rows)])
         tokens, logits = self.graphs.replay(rows, starts)
+        if self.pipeline is not None and not self.stage.last:
+            self.pipeline.send_hidden(self.graphs.hidden_out[: len(rows)].clone())
+            return PendingResult(torch.empty(0, dtype=torch.int64))
         if self.sampler.is_plain(rows):
+            if self.pipeline is not None:
+                self.pipeline.send_tokens(tokens.clone())
             return PendingResult(tokens)
         tokens, logprobs = self.sampler.sample(logits, rows, starts + 1, plan)
-        self.tables.last_tokens[self._to(rows)] = tokens
+        self._keep_tokens(rows, tokens)
         return PendingResult(tokens, logprobs)
 
     def _replay_mixed(
@@ -124,7 +188,7 @@ class ModelRunner:
         if self.sampler.is_plain(rows):
             return PendingResult(graphs.tokens[: key[0] + 1], keep=real.tolist())
         positions = starts + np.array([plan.num_tokens[i] for i in plan.sampled], np.int32)
-        logits = graphs.logits[real.to(self.device)]
+        logits = graphs.logits[self._to(real.numpy())]
         tokens, logprobs = self.sampler.sample(logits, rows, positions, plan)
         self.tables.last_tokens[self._to(rows)] = tokens
         return PendingResult(tokens, logprobs)
@@ -166,8 +230,12 @@ class ModelRunner:
     ) -> tuple[Tensor, StepContext]:
         host = self._host_inputs(plan, rows, starts)
         max_seq_len = int(host["seq_lens"].max())
+        # Where not every token is sampled from, the model finishes only those that are.
+        partial = self.stage.last and plan.num_decodes < len(rows) and not self._prompt_logprobs
+        if partial:
+            host["wanted"] = host["query_start"][1:][np.array(plan.sampled, np.int32)] - 1
         inputs = self._upload(host)
-        if plan.num_decodes:
+        if plan.num_decodes and self.stage.first:
             decoding = inputs["rows"][: plan.num_decodes]
             inputs["ids"][: plan.num_decodes] = self.tables.last_tokens[decoding].int()
         # A width of a multiple of 16 keeps to one compiled form of each kernel.
@@ -183,30 +251,32 @@ class ModelRunner:
             num_decodes=plan.num_decodes,
             kv_caches=self.kv_caches,
             workspace=self.workspace,
+            wanted=inputs["wanted"] if partial else None,
             prefill_kv_tokens=int(host["seq_lens"][plan.num_decodes :].sum()),
         )
         return inputs["ids"], step
 
     def _sample(
-        self, plan: StepPlan, hidden: Tensor, rows: NDArray[np.int32], starts: NDArray[np.int32]
+        self,
+        plan: StepPlan,
+        hidden: Tensor,
+        rows: NDArray[np.int32],
+        starts: NDArray[np.int32],
+        partial: bool,
     ) -> PendingResult:
+        """``hidden``: states of the sampled tokens if ``partial``, else of all."""
         found_prompt = self._collect_prompt_logprobs(plan, hidden) if self._prompt_logprobs else None
         if not plan.sampled:
             return PendingResult(torch.empty(0, dtype=torch.int64))
-        last = np.cumsum(np.array(plan.num_tokens, np.int32)) - 1
-        if len(plan.sampled) == len(rows):
-            sampled_rows, sampled_starts, lengths = rows, starts, plan.num_tokens
-            if plan.num_decodes < len(rows):
-                hidden = hidden[self._to(last)]
-        else:
+        lengths = np.array(plan.num_tokens, np.int32)
+        if not partial and plan.num_decodes < len(rows):
+            hidden = hidden[self._to((np.cumsum(lengths) - 1)[plan.sampled])]
+        if len(plan.sampled) < len(rows):
             sampled = np.array(plan.sampled, np.int32)
-            sampled_rows, sampled_starts = rows[sampled], starts[sampled]
-            lengths = [plan.num_tokens[i] for i in plan.sampled]
-            hidden = hidden[self._to(last[sampled])]
+            rows, starts, lengths = rows[sampled], starts[sampled], lengths[sampled]
         logits = self.model.logits(hidden)
-        positions = sampled_starts + np.array(lengths, np.int32)
-        tokens, logprobs = self.sampler.sample(logits, sampled_rows, positions, plan)
-        self.tables.last_tokens[self._to(sampled_rows)] = tokens
+        tokens, logprobs = self.sampler.sample(logits, rows, starts + lengths, plan)
+        self._keep_tokens(rows, tokens)
         return PendingResult(tokens, logprobs, found_prompt)
 
     def _collect_prompt_logprobs(
@@ -231,6 +301,13 @@ class ModelRunner:
             offset += length
         return done or None
 
+    def close(self) -> None:
+        """Wait until nothing of this rank's is on its way to or from another stage."""
+        if self._returned is not None:
+            self._returned.close()
+        if self.pipeline is not None:
+            self.pipeline.close()
+
     def _upload(self, arrays: dict[str, NDArray[np.int32]]) -> dict[str, Tensor]:
         """int32 arrays as tensors on the device, in one transfer."""
         if self.device.type == "cpu":
@@ -239,5 +316,4 @@ class ModelRunner:
         return packing.views(torch.from_numpy(buffer).pin_memory().to(self.device, non_blocking=True))
 
     def _to(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        return to_device(array, self.device)

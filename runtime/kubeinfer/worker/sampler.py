@@ -12,6 +12,8 @@ from torch import Tensor
 from kubeinfer.engine.messages import TokenLogprobs
 from kubeinfer.engine.plan import NewRow, StepPlan
 from kubeinfer.kernels import sampling as kernels
+from kubeinfer.kernels.batch_invariance import batch_invariant
+from kubeinfer.worker.tables import to_device
 
 _NEVER = float("-inf")
 
@@ -115,9 +117,9 @@ class Sampler:
             raise RuntimeError("penalty tables are made before a slot is filled")
         mask[slot].zero_()
         counts[slot].zero_()
-        mask[slot, torch.tensor(token_ids[:prompt_len], device=self.device)] = True
+        mask[slot, self._to(token_ids[:prompt_len])] = True
         if len(token_ids) > prompt_len:
-            output = torch.tensor(token_ids[prompt_len:], device=self.device)
+            output = self._to(token_ids[prompt_len:])
             counts[slot].scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
     # ---- a step ----
@@ -175,9 +177,8 @@ class Sampler:
         ints = torch.zeros(count, dtype=torch.int64, device=logits.device)
         return zeros, ints, zeros, zeros, ints, ints
 
-    def _to(self, array: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+    def _to(self, values: NDArray[np.generic] | list[int] | list[float]) -> Tensor:
+        return to_device(values, self.device)
 
     def _edit(
         self, logits: Tensor, rows: NDArray[np.int32], positions: NDArray[np.int32], plan: StepPlan
@@ -195,18 +196,18 @@ class Sampler:
         for i, row in found:
             special = self._special[row]
             if special.allowed is not None:
-                keep = torch.tensor(special.allowed, device=self.device)
+                keep = self._to(special.allowed)
                 line = torch.full_like(logits[i], _NEVER)
                 line[keep] = logits[i, keep]
                 logits[i] = line
             if special.bias is not None:
                 ids, values = special.bias
-                logits[i, torch.tensor(ids, device=self.device)] += torch.tensor(values, device=self.device)
+                logits[i, self._to(ids)] += self._to(values)
             if special.stops and positions[i] < special.min_until:
-                logits[i, torch.tensor(special.stops, device=self.device)] = _NEVER
+                logits[i, self._to(special.stops)] = _NEVER
             banned = [w[-1] for w in special.bad_words if _ends_with(history.get(row, []), w[:-1])]
             if banned:
-                logits[i, torch.tensor(banned, device=self.device)] = _NEVER
+                logits[i, self._to(banned)] = _NEVER
         if self._penalised and self._prompt_mask is not None and self._output_counts is not None:
             slots = np.array([self._penalised.get(int(r), -1) for r in rows], np.int32)
             if (slots >= 0).any():
@@ -242,6 +243,11 @@ def _ends_with(history: list[int], prefix: list[int]) -> bool:
 def token_logprobs(logits: Tensor, tokens: Tensor, counts: list[int]) -> list[TokenLogprobs]:
     """For each row of ``logits [N, V]``: the chosen token's log-probability and rank, then the ``counts[i]`` likeliest
     (-1: all)."""
+    if (
+        batch_invariant() and len(counts) > 1
+    ):  # which of equal entries come first may depend on rows and on their number
+        rows = zip(logits.split(1), tokens.split(1), counts, strict=True)
+        return [entry for row, token, count in rows for entry in token_logprobs(row, token, [count])]
     vocab = logits.shape[1]
     wanted = [vocab if c < 0 else min(c, vocab) for c in counts]
     chosen, ranks, values, ids = kernels.logprobs(logits, tokens, max(wanted, default=0))

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kubeinfer.engine.plan import StepPlan
+
+
+def to_device(values: NDArray[Any] | Sequence[Any], device: torch.device) -> Tensor:
+    """``values`` as a tensor on ``device``, without waiting for what the device does.
+
+    A copy from memory that is not page-locked would wait until the step before this one is done.
+    """
+    array = np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values
+    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.tensor(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class RowTables:
@@ -44,9 +57,8 @@ class RowTables:
             table[new.row, :count] = new.block_ids
             changed.append(np.arange(new.row * width, new.row * width + count))
         if plan.new_rows:
-            rows = torch.tensor([n.row for n in plan.new_rows])
-            last = torch.tensor([n.token_ids[-1] for n in plan.new_rows])
-            self.last_tokens[rows.to(self.device)] = last.to(self.device)
+            last = to_device([[n.row, n.token_ids[-1]] for n in plan.new_rows], self.device)
+            self.last_tokens[last[:, 0]] = last[:, 1]
         for row, start, ids in plan.new_blocks:
             table[row, start : start + len(ids)] = ids
             if not self._shared:
@@ -54,6 +66,5 @@ class RowTables:
                 changed.append(np.arange(first, first + len(ids)))
         if changed and not self._shared:
             where = np.concatenate(changed)
-            update = torch.from_numpy(np.stack((where, table.reshape(-1)[where].astype(np.int64))))
-            update = update.pin_memory().to(self.device, non_blocking=True)
+            update = to_device(np.stack((where, table.reshape(-1)[where].astype(np.int64))), self.device)
             self.block_table_device.view(-1).index_copy_(0, update[0], update[1].int())

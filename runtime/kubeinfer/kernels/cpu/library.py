@@ -1,6 +1,6 @@
 """Our CPU kernels in C, if they were built and this processor has the instructions they need.
 
-``kernels.c`` is compiled when the package is installed. It shares torch's thread pool: its OpenMP symbols bind to the
+The C files here are compiled when the package is installed. They share torch's thread pool: their OpenMP symbols bind to the
 runtime that torch has loaded. Without the library, or on a processor without AVX512-BF16, every operation is torch's.
 """
 
@@ -18,61 +18,22 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "ki_pack_linear": (None, [_POINTER, _INT, _INT, _POINTER]),
-    "ki_linear": (None, [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT]),
-    "ki_rms_norm": (None, [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT]),
-    "ki_silu_and_mul": (None, [_POINTER, _POINTER, _INT, _INT]),
-    "ki_rope_and_cache": (
-        None,
-        [
-            _POINTER,
-            _POINTER,
-            _POINTER,
-            _INT,
-            _POINTER,
-            _POINTER,
-            _INT,
-            _POINTER,
-            _POINTER,
-            _INT,
-            _INT,
-            _POINTER,
-            _POINTER,
-            _FLOAT,
-            _INT,
-            _INT,
-            _INT,
-            _INT,
-        ],
-    ),
-    "ki_attention": (
-        ctypes.c_int,
-        [
-            _POINTER,
-            _INT,
-            _POINTER,
-            _INT,
-            _INT,
-            _POINTER,
-            _POINTER,
-            _POINTER,
-            _INT,
-            _POINTER,
-            _INT,
-            _INT,
-            _INT,
-            _INT,
-            _FLOAT,
-            _INT,
-        ],
-    ),
-    "ki_argmax": (None, [_POINTER, _INT, _INT, _INT, _POINTER]),
+    "ki_pack_linear": (None, [_P, _I, _I, _P]),
+    "ki_linear": (None, [_P, _I, _P, _P, _P, _I, _I, _I, _I]),
+    "ki_logits": (None, [_P, _P, _P, _I, _I, _I]),
+    "ki_rms_norm": (None, [_P, _I, _P, _P, _P, _I, _I, _F]),
+    "ki_silu_and_mul": (None, [_P, _P, _I, _I]),
+    "ki_rope_and_cache": (None, [_P, _P, _P, _I, _P, _P, _I, _P, _P, _I, _I, _P, _P, _F, _I, _I, _I, _I]),
+    "ki_attention": (ctypes.c_int, [_P, _I, _P, _I, _I, _P, _P, _P, _I, _P, _I, _I, _I, _I, _F, _I]),
+    "ki_argmax": (None, [_P, _I, _I, _I, _P]),
+    "ki_decoder_scratch": (_I, [_P, _I]),
+    "ki_decoder": (ctypes.c_int, [_P, _P, _P, _P, _P, _P]),
 }
 _FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"}
-_PANEL = 32
-_MAX_HEAD_DIM = 256
+PANEL = 32  # outputs of a packed panel
+MAX_HEAD_DIM = 256
 
 
 def _processor_flags() -> set[str]:
@@ -116,13 +77,41 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+class _HugePages:
+    """Memory for packed weights in pages of 2 MiB where the system grants them: a step reads every weight once, and with
+    small pages it would spend a tenth of its time on finding them."""
+
+    _CHUNK = 32 * 2**20
+    _PAGE = 2 * 2**20
+    _MADV_HUGEPAGE = 14
+
+    def __init__(self) -> None:
+        self._left = torch.empty(0, dtype=torch.bfloat16)
+
+    def empty(self, count: int) -> Tensor:
+        """An uninitialised bfloat16 tensor of ``count`` elements, aligned to a cache line."""
+        count_aligned = -(-count // 32) * 32
+        if self._left.numel() < count_aligned:
+            size = max(self._CHUNK, -(-count_aligned * 2 // self._PAGE) * self._PAGE)
+            buffer = torch.empty((size + self._PAGE) // 2, dtype=torch.bfloat16)
+            skip = -buffer.data_ptr() % self._PAGE
+            self._left = buffer[skip // 2 : (skip + size) // 2]
+            # Refused where the kernel has no huge pages: small ones do as well, only slower.
+            ctypes.CDLL(None).madvise(_P(self._left.data_ptr()), ctypes.c_size_t(size), self._MADV_HUGEPAGE)
+        taken, self._left = self._left[:count], self._left[count_aligned:]
+        return taken
+
+
+_weights_memory = _HugePages()
+
+
 def pack_linear(weight: Tensor) -> Tensor | None:
     """``weight [N, K]`` in panels of 32 outputs, or None where the kernel does not serve it."""
     if not usable(weight) or weight.shape[1] % 2 or not weight.is_contiguous():
         return None
     out_features, in_features = weight.shape
-    panels = -(-out_features // _PANEL)
-    packed = torch.empty(panels * _PANEL * in_features, dtype=torch.bfloat16)
+    panels = -(-out_features // PANEL)
+    packed = _weights_memory.empty(panels * PANEL * in_features)
     library().ki_pack_linear(weight.data_ptr(), out_features, in_features, packed.data_ptr())
     return packed
 
@@ -135,6 +124,14 @@ def linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) ->
         x.data_ptr(), x.stride(0), packed.data_ptr(), _address(bias), out.data_ptr(), out_features, rows,
         out_features, in_features,
     )  # fmt: skip
+    return out
+
+
+def logits(hidden: Tensor, packed: Tensor, vocab_size: int) -> Tensor:
+    """``hidden [N, H]`` (contiguous) times a packed weight: fp32 ``[N, vocab_size]``."""
+    rows, in_features = hidden.shape
+    out = torch.empty(rows, vocab_size, dtype=torch.float32)
+    library().ki_logits(hidden.data_ptr(), packed.data_ptr(), out.data_ptr(), rows, vocab_size, in_features)
     return out
 
 
@@ -195,7 +192,7 @@ def attention(
 ) -> bool:
     """As `kubeinfer.kernels.attention.paged_attention`; False where it does not serve."""
     head_dim = q.shape[2]
-    if not usable(q, kv_cache, out) or head_dim % 2 or head_dim > _MAX_HEAD_DIM:
+    if not usable(q, kv_cache, out) or head_dim % 2 or head_dim > MAX_HEAD_DIM:
         return False
     num_heads, num_kv_heads = q.shape[1], kv_cache.shape[2]
     failed = library().ki_attention(
@@ -209,7 +206,7 @@ def attention(
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Index of the first largest entry of each row of ``logits [B, V]``: int64 ``[B]``."""
+    """Index of the first largest entry of each row of fp32 ``logits [B, V]``: int64 ``[B]``."""
     out = torch.empty(logits.shape[0], dtype=torch.int64)
     library().ki_argmax(logits.data_ptr(), logits.stride(0), logits.shape[0], logits.shape[1], out.data_ptr())
     return out

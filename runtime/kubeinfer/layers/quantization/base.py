@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.fp8 import RowQuantizer
+from kubeinfer.kernels.linear import PackedWeight
 from kubeinfer.kernels.norm import rms_norm
 
 if TYPE_CHECKING:
@@ -65,10 +66,16 @@ class LinearMethod(ABC):
     """
 
     quantizer: RowQuantizer | None = None
+    packed: PackedWeight | None = None  # the weight in the CPU kernels' layout, if it is in that
 
     @abstractmethod
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + bias`` -> ``[T, N]``."""
+
+    def apply_into(self, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        """`apply`, written to ``out [T, N]`` where given."""
+        y = self.apply(x, bias)
+        return y if out is None else out.copy_(y)
 
     def after_norm(self, x: Tensor, norm: RMSNorm, bias: Tensor | None) -> Tensor:
         """``apply(norm(x))``."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kubeinfer.kernels.fused_linear import add_linear, gated_linear, norm_linear
-from kubeinfer.kernels.linear import PackedWeight, linear, pack_weight
+from kubeinfer.kernels.linear import linear, pack_weight
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.layers.quantization.base import LinearMethod, LoadingWeight, Shard
 
@@ -38,20 +38,23 @@ class DenseMethod(LinearMethod):
     """``weight [N, K]``, packed where a CPU kernel wants that."""
 
     def __init__(self, weight: Tensor):
-        self._packed: PackedWeight | None = pack_weight(weight)
+        self.packed = pack_weight(weight)
         # Only the packed form is kept.
-        self.weight = weight if self._packed is None else weight.new_empty(0)
+        self.weight = weight if self.packed is None else weight.new_empty(0)
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return linear(x, self.weight, bias, self._packed)
+        return linear(x, self.weight, bias, self.packed)
+
+    def apply_into(self, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        return linear(x, self.weight, bias, self.packed, out)
 
     def after_norm(self, x: Tensor, norm: RMSNorm, bias: Tensor | None) -> Tensor:
-        return norm_linear(x, norm.weight, norm.eps, self.weight, bias, self._packed)
+        return norm_linear(x, norm.weight, norm.eps, self.weight, bias, self.packed)
 
     def gated(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
         if norm is None:
-            return gated_linear(x, self.weight, bias, self._packed)
-        return gated_linear(x, self.weight, bias, self._packed, norm.weight, norm.eps)
+            return gated_linear(x, self.weight, bias, self.packed)
+        return gated_linear(x, self.weight, bias, self.packed, norm.weight, norm.eps)
 
     def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-        return add_linear(residual, x, self.weight, bias, self._packed)
+        return add_linear(residual, x, self.weight, bias, self.packed)

@@ -1,0 +1,196 @@
+/* Linear layers over packed bfloat16 weights with fp32 sums. */
+#include "parts.h"
+
+enum { TILE = 12, CHUNK = 120, GATED_CHUNK = 60 }; /* rows of a register tile; rows whose sums are kept beside a panel */
+
+/* Packed weight: panels of 32 outputs, each [K/2][32][2]. K must be even; N is padded with zeros. */
+void ki_pack_linear(const bf16 *w, int64_t N, int64_t K, bf16 *out) {
+    int64_t panels = (N + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels; p++) {
+        uint32_t *dst = (uint32_t *)(out + p * PANEL * K);
+        for (int64_t j = 0; j < PANEL; j++) {
+            int64_t row = p * PANEL + j;
+            const uint32_t *src = (const uint32_t *)(w + row * K);
+            for (int64_t k = 0; k < K / 2; k++) dst[k * PANEL + j] = row < N ? src[k] : 0;
+        }
+    }
+}
+
+/* acc[MR][2] over one panel; every MR sums over k in the same order, so a row's result does not depend on its batch */
+#define TILE_BODY(MR)                                                                                       \
+    __m512 acc[MR][2];                                                                                      \
+    _Pragma("GCC unroll 12") for (int i = 0; i < MR; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();      \
+    for (int64_t k = 0; k < K2; k++) {                                                                      \
+        __m512bh b0 = (__m512bh)_mm512_loadu_si512(w + k * 64);                                             \
+        __m512bh b1 = (__m512bh)_mm512_loadu_si512(w + k * 64 + 32);                                        \
+        _Pragma("GCC unroll 12") for (int i = 0; i < MR; i++) {                                             \
+            __m512bh a = broadcast_pair(x + i * ldx + 2 * k);                                               \
+            acc[i][0] = _mm512_dpbf16_ps(acc[i][0], a, b0);                                                 \
+            acc[i][1] = _mm512_dpbf16_ps(acc[i][1], a, b1);                                                 \
+        }                                                                                                   \
+    }                                                                                                       \
+    _Pragma("GCC unroll 12") for (int i = 0; i < MR; i++) {                                                 \
+        _mm512_storeu_ps(c + i * ldc, acc[i][0]);                                                           \
+        _mm512_storeu_ps(c + i * ldc + 16, acc[i][1]);                                                      \
+    }
+
+#define DEFINE_TILE(MR)                                                                                     \
+    static TARGET void tile_##MR(const bf16 *x, int64_t ldx, const bf16 *w, int64_t K2, float *c, int64_t ldc) { \
+        TILE_BODY(MR)                                                                                       \
+    }
+DEFINE_TILE(1) DEFINE_TILE(2) DEFINE_TILE(3) DEFINE_TILE(4) DEFINE_TILE(5) DEFINE_TILE(6)
+DEFINE_TILE(7) DEFINE_TILE(8) DEFINE_TILE(9) DEFINE_TILE(10) DEFINE_TILE(11) DEFINE_TILE(12)
+typedef void (*tile_fn)(const bf16 *, int64_t, const bf16 *, int64_t, float *, int64_t);
+static const tile_fn TILES[TILE + 1] = {0, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6,
+                                        tile_7, tile_8, tile_9, tile_10, tile_11, tile_12};
+
+TARGET void panel_product(const bf16 *x, int64_t ldx, int64_t M, const bf16 *w, int64_t K2, float *c, int64_t ldc) {
+    for (int64_t m = 0; m < M;) {
+        int64_t rows = M - m < TILE ? M - m : TILE;
+        /* 13 rows go as 7 + 6: a tile of one row would leave the multipliers idle */
+        if (M - m > TILE && M - m < 2 * TILE) rows = (M - m + 1) / 2;
+        TILES[rows](x + m * ldx, ldx, w, K2, c + m * ldc, ldc);
+        m += rows;
+    }
+}
+
+/* One row, four panels at a time: eight independent sums hide the latency of a single row. */
+static TARGET void row_panels(const bf16 *x, const bf16 *w, int64_t K2, int64_t panels, float *c) {
+    int64_t p = 0, size = K2 * 64;
+    for (; p + 4 <= panels; p += 4, w += 4 * size, c += 4 * PANEL) {
+        __m512 acc[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) acc[i] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < K2; k++) {
+            __m512bh a = broadcast_pair(x + 2 * k);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const bf16 *at = w + i * size + k * 64;
+                _mm_prefetch((const char *)(at + 1024), _MM_HINT_T0);
+                acc[2 * i] = _mm512_dpbf16_ps(acc[2 * i], a, (__m512bh)_mm512_loadu_si512(at));
+                acc[2 * i + 1] = _mm512_dpbf16_ps(acc[2 * i + 1], a, (__m512bh)_mm512_loadu_si512(at + 32));
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) _mm512_storeu_ps(c + 16 * i, acc[i]);
+    }
+    for (; p < panels; p++, w += size, c += PANEL) tile_1(x, 0, w, K2, c, PANEL);
+}
+
+static TARGET void finish_panel(const float *c, int64_t M, bf16 *y, int64_t ldy, const bf16 *bias, const bf16 *add, int64_t n0,
+                                int64_t N) {
+    for (int half = 0; half < 2; half++) {
+        int64_t n = n0 + 16 * half;
+        if (n >= N) return;
+        __mmask16 mask = N - n >= 16 ? 0xffff : (__mmask16)((1u << (N - n)) - 1);
+        __m512 b = bias ? load_bf16_tail(bias + n, mask) : _mm512_setzero_ps();
+        for (int64_t m = 0; m < M; m++) {
+            __m512 v = _mm512_add_ps(_mm512_loadu_ps(c + m * PANEL + 16 * half), b);
+            if (add) v = _mm512_add_ps(v, load_bf16_tail(add + m * ldy + n, mask));
+            store_bf16_tail(y + m * ldy + n, v, mask);
+        }
+    }
+}
+
+/* How many of `tasks` a thread takes at a time: few enough that threads end together, else `most` (a panel's worth). */
+static int64_t grain_of(const team *t, int64_t tasks, int64_t most) {
+    int64_t grain = tasks / (8 * t->count);
+    return grain < 1 ? 1 : grain > most ? most : grain;
+}
+
+TARGET void linear_part(const team *t, const bf16 *x, int64_t ldx, const bf16 *packed, const bf16 *bias, const bf16 *add,
+                        bf16 *y, int64_t ldy, int64_t M, int64_t N, int64_t K) {
+    int64_t panels = (N + PANEL - 1) / PANEL, K2 = K / 2;
+    if (M == 1) {
+        int64_t grain = grain_of(t, panels, 4);
+        for (int64_t p = team_claim(t, grain); p < panels; p = team_claim(t, grain)) {
+            float c[4 * PANEL];
+            int64_t count = panels - p < grain ? panels - p : grain;
+            row_panels(x, packed + p * PANEL * K, K2, count, c);
+            for (int64_t i = 0; i < count; i++) finish_panel(c + i * PANEL, 1, y, ldy, bias, add, (p + i) * PANEL, N);
+        }
+        return;
+    }
+    int64_t chunks = (M + CHUNK - 1) / CHUNK, tasks = panels * chunks, grain = grain_of(t, tasks, chunks);
+    for (int64_t first = team_claim(t, grain); first < tasks; first = team_claim(t, grain))
+        for (int64_t i = first; i < first + grain && i < tasks; i++) {
+            float c[CHUNK * PANEL];
+            int64_t p = i / chunks, m = i % chunks * CHUNK, rows = M - m < CHUNK ? M - m : CHUNK;
+            panel_product(x + m * ldx, ldx, rows, packed + p * PANEL * K, K2, c, PANEL);
+            finish_panel(c, rows, y + m * ldy, ldy, bias, add ? add + m * ldy : NULL, p * PANEL, N);
+        }
+}
+
+TARGET void gated_linear_part(const team *t, const bf16 *x, int64_t ldx, const bf16 *packed, const bf16 *bias, bf16 *y,
+                              int64_t M, int64_t I, int64_t K) {
+    int64_t panels = I / PANEL, K2 = K / 2, chunks = (M + GATED_CHUNK - 1) / GATED_CHUNK, tasks = panels * chunks;
+    int64_t grain = grain_of(t, tasks, chunks);
+    const bf16 *gates = packed, *ups = packed + I * K;
+    for (int64_t first = team_claim(t, grain); first < tasks; first = team_claim(t, grain))
+        for (int64_t i = first; i < first + grain && i < tasks; i++) {
+            float gate[GATED_CHUNK * PANEL], up[GATED_CHUNK * PANEL];
+            int64_t p = i / chunks, m0 = i % chunks * GATED_CHUNK, rows = M - m0 < GATED_CHUNK ? M - m0 : GATED_CHUNK;
+            if (M == 1) {
+                row_panels(x, gates + p * PANEL * K, K2, 1, gate);
+                row_panels(x, ups + p * PANEL * K, K2, 1, up);
+            } else {
+                panel_product(x + m0 * ldx, ldx, rows, gates + p * PANEL * K, K2, gate, PANEL);
+                panel_product(x + m0 * ldx, ldx, rows, ups + p * PANEL * K, K2, up, PANEL);
+            }
+            for (int half = 0; half < PANEL; half += 16) {
+                int64_t n = p * PANEL + half;
+                __m512 gate_bias = bias ? load_bf16(bias + n) : _mm512_setzero_ps();
+                __m512 up_bias = bias ? load_bf16(bias + I + n) : _mm512_setzero_ps();
+                for (int64_t m = 0; m < rows; m++) {
+                    __m512 g = _mm512_add_ps(_mm512_loadu_ps(gate + m * PANEL + half), gate_bias);
+                    __m512 u = _mm512_add_ps(_mm512_loadu_ps(up + m * PANEL + half), up_bias);
+                    store_bf16(y + (m0 + m) * I + n, _mm512_mul_ps(silu(g), u));
+                }
+            }
+        }
+}
+
+/* y[M,N] = x[M,K] w^T in fp32: logits, whose differences bfloat16 would round away */
+static TARGET void logits_part(const team *t, const bf16 *x, const bf16 *packed, float *y, int64_t M, int64_t N, int64_t K) {
+    int64_t panels = (N + PANEL - 1) / PANEL, K2 = K / 2, chunks = (M + CHUNK - 1) / CHUNK, tasks = panels * chunks;
+    if (M == 1) {
+        int64_t grain = grain_of(t, panels, 4);
+        for (int64_t p = team_claim(t, grain); p < panels; p = team_claim(t, grain)) {
+            float c[4 * PANEL];
+            int64_t count = panels - p < grain ? panels - p : grain, left = N - p * PANEL;
+            row_panels(x, packed + p * PANEL * K, K2, count, c);
+            memcpy(y + p * PANEL, c, (size_t)(left < count * PANEL ? left : count * PANEL) * sizeof(float));
+        }
+        return;
+    }
+    int64_t grain = grain_of(t, tasks, chunks);
+    for (int64_t first = team_claim(t, grain); first < tasks; first = team_claim(t, grain))
+        for (int64_t i = first; i < first + grain && i < tasks; i++) {
+            float c[CHUNK * PANEL];
+            int64_t p = i / chunks, m0 = i % chunks * CHUNK, rows = M - m0 < CHUNK ? M - m0 : CHUNK;
+            int64_t width = N - p * PANEL < PANEL ? N - p * PANEL : PANEL;
+            panel_product(x + m0 * K, K, rows, packed + p * PANEL * K, K2, c, PANEL);
+            for (int64_t m = 0; m < rows; m++)
+                memcpy(y + (m0 + m) * N + p * PANEL, c + m * PANEL, (size_t)width * sizeof(float));
+        }
+}
+
+TARGET void ki_logits(const bf16 *x, const bf16 *packed, float *y, int64_t M, int64_t N, int64_t K) {
+    team_shared shared = {0};
+#pragma omp parallel
+    {
+        team t = {omp_get_thread_num(), omp_get_num_threads(), &shared};
+        logits_part(&t, x, packed, y, M, N, K);
+    }
+}
+
+TARGET void ki_linear(const bf16 *x, int64_t ldx, const bf16 *packed, const bf16 *bias, bf16 *y, int64_t ldy,
+                      int64_t M, int64_t N, int64_t K) {
+    team_shared shared = {0};
+#pragma omp parallel
+    {
+        team t = {omp_get_thread_num(), omp_get_num_threads(), &shared};
+        linear_part(&t, x, ldx, packed, bias, NULL, y, ldy, M, N, K);
+    }
+}

@@ -1,0 +1,59 @@
+"""Kernels noted, compiled by other processes, and found by the first real launch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kubeinfer.kernels.activation import silu_and_mul
+from kubeinfer.kernels.norm import fused_add_rms_norm
+
+pytestmark = pytest.mark.gpu
+
+
+def kernels_in(cache: Path) -> set[Path]:
+    return set(cache.rglob("*.cubin"))
+
+
+def test_a_launch_finds_what_was_compiled_ahead(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.zeros(1, device=device).is_cuda:
+        pytest.skip("about CUDA tensors")
+    import triton
+
+    from kubeinfer.kernels.compile_ahead import compile_ahead, compile_launches, noted_launches
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    # sizes that no other test has, so that no kernel is in memory yet
+    x, residual = torch.ones(3, 1352, device=device).half(), torch.ones(3, 1352, device=device).half()
+    weight = torch.ones(1352, device=device).half()
+    untouched = residual.clone()
+
+    def steps() -> None:
+        for rows in (1, 2, 3):
+            fused_add_rms_norm(x[:rows], residual[:rows], weight, 1e-5)
+        silu_and_mul(x)
+
+    with noted_launches() as launches:
+        steps()
+    assert torch.equal(residual, untouched)
+    assert len({(launch.function, repr(launch.args)) for launch in launches}) >= 2
+    assert not kernels_in(tmp_path)
+    major, minor = torch.cuda.get_device_capability()
+    assert compile_launches(launches, 4, 10 * major + minor) == 0
+    compiled = kernels_in(tmp_path)
+    assert len(compiled) == len(launches)
+
+    steps()
+    assert kernels_in(tmp_path) == compiled
+    assert torch.equal(residual[0], torch.full_like(residual[0], 4.0))
+
+    calls = []
+    assert compile_ahead(lambda: calls.append(1), "a key", 4) == 0
+    assert compile_ahead(lambda: calls.append(1), "a key", 4) == 0
+    assert calls == [1], "the second start has nothing to do"
+    assert compile_ahead(lambda: calls.append(1), "a key", 4, agree=lambda _: 0) == 0
+    assert calls == [1, 1], "another rank has not: all run"

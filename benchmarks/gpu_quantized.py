@@ -84,7 +84,7 @@ class Inputs:
 
     def fp8(self, weight: tuple[Tensor, Tensor]) -> object:
         p, (w, s) = self.product, weight
-        if self.m <= MAX_FEW_ROWS:
+        if self.m <= fp8.MAX_WIDE_ROWS:
             if p.gated:
                 return fp8.fp8_gated_linear(self.x, self.norm, 1e-6, w, s, None, None)
             if p.add:

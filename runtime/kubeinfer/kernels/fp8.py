@@ -18,6 +18,8 @@ from kubeinfer.kernels.norm import rms_norm_reference
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+# Up to so many tokens inputs stay in 16 bits, where a kernel of few tokens is known.
+MAX_WIDE_ROWS = 4
 # Scales of rows of zeros: anything that is not zero.
 MIN_SCALE = 1e-12
 
@@ -40,6 +42,10 @@ class RowQuantizer:
     """How a layer wants its input in 8 bits, for the layer before to give it so: by ``static_scale``, or a scale a token."""
 
     static_scale: Tensor | None
+
+    def wants(self, x: Tensor) -> bool:
+        """Whether the layer's input, with as many rows as ``x``, is to be quantized."""
+        return x.shape[0] > MAX_WIDE_ROWS
 
     def rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> QuantizedRows:
         """`rms_norm_quantize`."""
@@ -187,14 +193,14 @@ def fp8_gated_linear(
 
 def fp8_add_linear(
     residual: Tensor,
-    x: Tensor,
+    x: Tensor | QuantizedRows,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     static_scale: Tensor | None,
 ) -> Tensor:
     """``residual += fp8_linear(x)`` in place, and returned."""
-    if few_rows(x):
+    if not isinstance(x, QuantizedRows) and few_rows(x):
         from kubeinfer.kernels.triton_linear import find_fp8_config, linear_triton
 
         config = find_fp8_config(x.shape[0], weight.shape[0], weight.shape[1], "plain")

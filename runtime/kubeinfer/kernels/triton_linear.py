@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
+from kubeinfer.kernels.fp8 import MAX_WIDE_ROWS
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig, skinny_linear_triton
 
@@ -27,8 +28,6 @@ from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig, skinny_linear_t
 _MOST_UNROLLED = 8
 # Tiles of 8-bit numbers that a loop carries are taken apart into bytes, so loops over them are written out for longer.
 _MOST_UNROLLED_FP8 = 40
-# Of more tokens the tensor cores' products in 8 bits are faster.
-_MOST_FP8_ROWS = 4
 
 
 @triton.jit
@@ -208,7 +207,7 @@ def find_fp8_config(m: int, n: int, k: int, kind: str) -> Config | None:
     )
     if found is not None:
         return None if found["block_n"] == 0 else Config(**found)
-    if m > _MOST_FP8_ROWS:
+    if m > MAX_WIDE_ROWS:
         return None
     warps = (8 if k > 8192 and m > 1 else 4) if k > 2048 else 2 if k > 512 else 1
     steps = triton.cdiv(k, 256 * warps)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kubeinfer.errors import OptionError
 from kubeinfer.kernels.fp8 import RowQuantizer
-from kubeinfer.kernels.linear import MAX_FEW_ROWS, PackedWeight
+from kubeinfer.kernels.linear import PackedWeight
 from kubeinfer.layers.norm import RMSNorm
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.layers.quantization import LinearMethod, LoadingWeight, Part, Shard, loading_weight
@@ -85,11 +85,13 @@ class GatedLinear(ColumnLinear):
         self.quantizer: RowQuantizer | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.quantizer is not None and x.shape[0] > MAX_FEW_ROWS:
+        if self.quantizer is not None and self.quantizer.wants(x):
             return self.quantizer.silu_and_mul(self.method.apply(x, self.bias))
         return self.method.gated(x, self.bias)
 
     def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        if self.quantizer is not None and self.quantizer.wants(x):
+            return self.quantizer.silu_and_mul(self.method.after_norm(x, norm, self.bias))
         return self.method.gated(x, self.bias, norm)
 
 

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kubeinfer.kernels.fp8 import RowQuantizer
-from kubeinfer.kernels.linear import MAX_FEW_ROWS
 from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm
 from kubeinfer.layers.parallel import Group
 from kubeinfer.layers.parameters import ParameterStore
@@ -24,9 +23,9 @@ class RMSNorm:
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """``(norm(x + residual), x + residual)``; without a residual ``(norm(x), x)``.
 
-        With a ``quantizer`` the first is `QuantizedRows` of more than a few tokens.
+        With a ``quantizer`` that wants them the first is `QuantizedRows`.
         """
-        if self.quantizer is not None and x.shape[0] > MAX_FEW_ROWS:
+        if self.quantizer is not None and self.quantizer.wants(x):
             quantized = self.quantizer.rms_norm(x, residual, self.weight, self.eps)
             return quantized, x if residual is None else residual
         if residual is None:

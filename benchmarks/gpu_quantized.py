@@ -134,7 +134,7 @@ def report(tokens: list[int]) -> None:
 
 
 def layer_products() -> list[Product]:
-    return [p for p in products() if p.name.startswith("7B") and "head" not in p.name]
+    return [p for p in products() if p.name.split()[0] == "7B" and "head" not in p.name]
 
 
 def int4_candidates(product: Product) -> list[Config]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from kubeinfer.kernels import fp8, int4
 from kubeinfer.kernels.fp8 import FP8, QuantizedRows
-from kubeinfer.kernels.int4 import Int4Weight, int4_linear, pack_int4
+from kubeinfer.kernels.int4 import Int4Weight, int4_linear, pack_int4, pack_with_minimums
 
 EPS = 1e-5
 HALVES = [torch.float16, torch.bfloat16]
@@ -191,9 +192,7 @@ def int4_weight(n: int, k: int, group: int, act_order: bool = False) -> tuple[In
 
 def move(weight: Int4Weight, device: str) -> Int4Weight:
     order = None if weight.order is None else weight.order.to(device)
-    return Int4Weight(
-        weight.words.to(device), weight.meta.to(device), weight.n, weight.k, weight.group, order
-    )
+    return replace(weight, words=weight.words.to(device), meta=weight.meta.to(device), order=order)
 
 
 @pytest.mark.parametrize(
@@ -281,3 +280,79 @@ def test_packing_is_reversible() -> None:
         ones = torch.ones(k // 32, n)
         weight = pack_int4(codes, ones, torch.zeros_like(ones), 32, None)
         assert torch.equal(int4.dequantize_int4_reference(weight, torch.float32), codes.float().t())
+
+
+# With minimums, and in 8 bits
+
+
+def weight_with_minimums(n: int, k: int, group: int, bits: int) -> tuple[Int4Weight, Tensor]:
+    """Packed, and in float64."""
+    codes = (
+        torch.randint(0, 16, (n, k), dtype=torch.uint8)
+        if bits == 4
+        else torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    )
+    scales = (torch.rand(n, k // group) / k**0.5).half() / (4 if bits == 4 else 64)
+    minimums = (scales * torch.randint(-15, 16, scales.shape)).half()
+    plain = (codes.double().view(n, -1, group) * scales.double()[..., None] + minimums.double()[..., None]).flatten(1)
+    return pack_with_minimums(codes, scales, minimums, group, bits), plain
+
+
+BITS_AND_GROUPS = [(4, 32), (8, 32), (8, 16)]
+
+
+@pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
+@pytest.mark.parametrize(("n", "k"), [(48, 256), (8, 896), (16, 4864), (40, 160)])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_dequantized_with_minimums(device: str, n: int, k: int, bits: int, group: int, dtype: torch.dtype) -> None:
+    weight, plain = weight_with_minimums(n, k, group, bits)
+    reference = int4.dequantize_int4_reference(weight, dtype)
+    assert torch.allclose(reference.double(), plain, rtol=TOLERANCE[dtype], atol=1e-7)
+    got = int4.dequantize_int4(move(weight, device), dtype)
+    assert error(got, plain) < TOLERANCE[dtype]
+    assert error(got, reference.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "bias"),
+    [
+        (1, 48, 256, True),
+        (1, 20, 896, False),
+        (1, 24, 3584, False),
+        (1, 18, 1152, True),
+        (1, 16, 4864, False),
+        (2, 42, 160, True),
+        (16, 48, 896, False),
+        (33, 130, 1024, True),
+        (100, 64, 3584, False),
+        (300, 40, 256, True),
+    ],
+)
+def test_products_with_minimums(
+    device: str, dtype: torch.dtype, bits: int, group: int, tokens: int, n: int, k: int, bias: bool
+) -> None:
+    torch.manual_seed(tokens * n + k)
+    x, norm = torch.randn(tokens, k).to(dtype), (torch.rand(k) + 0.5).to(dtype)
+    packed, plain = weight_with_minimums(2 * n, k, group, bits)
+    weight = move(packed, device)
+    b = torch.randn(2 * n).to(dtype) if bias else None
+    b_on = None if b is None else b.to(device)
+    residual = torch.randn(tokens, 2 * n).to(dtype)
+    on, nw = x.to(device), norm.to(device)
+
+    def dense(y: Tensor) -> Tensor:
+        return y.double() @ plain.T + (b.double() if b is not None else 0)
+
+    tolerance = TOLERANCE[dtype]
+    got = int4_linear(on, weight, b_on)
+    assert got.dtype == dtype
+    assert error(got, dense(x)) < tolerance
+    assert error(int4_linear(on, weight, b_on, nw, EPS), dense(normed(x, norm))) < tolerance
+    assert error(int4_linear(on, weight, b_on, gated=True), gated(dense(x))) < 2 * tolerance
+    got = int4_linear(on, weight, b_on, nw, EPS, gated=True)
+    assert error(got, gated(dense(normed(x, norm)))) < 2 * tolerance
+    total = residual.clone().to(device)
+    assert int4_linear(on, weight, b_on, residual=total) is total
+    assert error(total, residual.double() + dense(x)) < tolerance

@@ -1,9 +1,12 @@
-"""Products with weights of 4-bit integers in groups: ``w = (q - zero) * scale``.
+"""Products with weights of 4-bit integers in groups, ``w = (q - zero) * scale``; or ``w = q * scale + minimum``, 4 bits or 8.
 
 AWQ's and GPTQ's layouts are taken apart once, at load, into plain codes, and put together again in one of ours: 32-bit words
 of eight codes, rows of the weight contiguous. A chunk of 256 inputs is 32 words; code ``j`` (bits ``4 j``) of a chunk's word
 ``i`` is that of input ``32 j + i``, so that threads that read neighbouring words need neighbouring inputs. A group's scale and
 zero share a word: a float32 scale whose low 8 bits (which scales stored in 16 bits do not use) are the zero.
+
+Weights with minimums (GGUF's) keep the scale and the minimum as float16 in that word. Their codes may have 8 bits: four a
+word, chunks of 128 inputs. Such a code is signed and stored with 128 added.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.norm import rms_norm
 
-CHUNK = 256
+CHUNK = 256  # inputs of 32 words of 4-bit codes
 # AutoAWQ's order: where in a run of eight outputs the code of each bit position belongs.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # More tokens than this: a whole weight is dequantized and cuBLAS multiplies.
@@ -26,9 +29,10 @@ MAX_FUSED_ROWS = 256
 
 @dataclass(slots=True)
 class Int4Weight:
-    """A weight ``[n, k]``: ``words`` int32 ``[n, K / 8]``, ``meta`` int32 ``[n, K / group]``, K being k rounded up to chunks.
+    """A weight ``[n, k]``: ``words`` int32 ``[n, K bits / 32]``, ``meta`` int32 ``[n, K / group]``, K being k rounded up to chunks.
 
     ``order`` int64 ``[k]``: the inputs' order in the weight where it is not the layer's own (GPTQ's act-order).
+    ``minimums``: ``meta`` holds them instead of zeros. ``bits`` is 8, and ``group`` 16, only with them.
     """
 
     words: Tensor
@@ -37,6 +41,13 @@ class Int4Weight:
     k: int
     group: int
     order: Tensor | None = None
+    minimums: bool = False
+    bits: int = 4
+
+    @property
+    def chunk(self) -> int:
+        """Inputs of 32 words."""
+        return 1024 // self.bits
 
     @property
     def num_bytes(self) -> int:
@@ -86,11 +97,36 @@ def pack_int4(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, order: T
     padded = -(-k // CHUNK) * CHUNK
     meta = pack_meta(scales.t(), zeros.t()).repeat_interleave(repeats, 1)
     meta = F.pad(meta[:, : padded // own], (0, max(0, padded // own - meta.shape[1])))
-    rows = F.pad(codes.t(), (0, padded - k)).reshape(n, -1, 8, CHUNK // 8)
-    words = torch.zeros(n, padded // CHUNK, CHUNK // 8, dtype=torch.int32, device=codes.device)
-    for j in range(8):
-        words |= rows[:, :, j].to(torch.int32) << (4 * j)
-    return Int4Weight(words.flatten(1), meta.contiguous(), n, k, own, order)
+    return Int4Weight(_pack_words(codes.t(), 4), meta.contiguous(), n, k, own, order)
+
+
+def pack_with_minimums(codes: Tensor, scales: Tensor, minimums: Tensor, group: int, bits: int) -> Int4Weight:
+    """Our layout of ``codes * scales + minimums``, these rounded to float16.
+
+    Args:
+        codes: ``[N, K]``; uint8 of 4 bits, or int8 (``bits`` 8).
+        scales, minimums: ``[N, K / group]`` float.
+        group: 32, or of 8 bits 16 or 32; divides K.
+    """
+    n, k = codes.shape
+    meta = torch.stack((scales, minimums), -1).half().view(torch.int32).squeeze(-1)
+    padded = -(-k // (1024 // bits)) * (1024 // bits)
+    meta = F.pad(meta, (0, (padded - k) // group))
+    if bits == 8:
+        codes = codes.view(torch.uint8) ^ 0x80
+    return Int4Weight(_pack_words(codes, bits), meta.contiguous(), n, k, group, None, True, bits)
+
+
+def _pack_words(codes: Tensor, bits: int) -> Tensor:
+    """``[N, K]`` -> int32 ``[N, words]``, inputs padded with zeros to whole chunks."""
+    n, k = codes.shape
+    per_word, chunk = 32 // bits, 1024 // bits
+    padded = -(-k // chunk) * chunk
+    rows = F.pad(codes, (0, padded - k)).reshape(n, -1, per_word, 32)
+    words = torch.zeros(n, padded // chunk, 32, dtype=torch.int32, device=codes.device)
+    for j in range(per_word):
+        words |= rows[:, :, j].to(torch.int32) << (bits * j)
+    return words.flatten(1)
 
 
 def pack_meta(scales: Tensor, zeros: Tensor) -> Tensor:
@@ -101,8 +137,13 @@ def pack_meta(scales: Tensor, zeros: Tensor) -> Tensor:
 
 def dequantize_int4_reference(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """``[n, k]`` in ``dtype``, inputs in the weight's order."""
-    codes = unpack_bits(weight.words.view(weight.n, -1, CHUNK // 8).flatten(0, 1), 4)
+    codes = unpack_bits(weight.words.view(-1, 32), weight.bits)
     codes = codes.permute(0, 2, 1).reshape(weight.n, -1)
+    if weight.minimums:
+        pairs = weight.meta.view(torch.float16).view(weight.n, -1, 2).float()
+        scales, minimums = pairs.repeat_interleave(weight.group, 1).unbind(-1)
+        wide = (codes.float() - (128 if weight.bits == 8 else 0)) * scales + minimums
+        return wide[:, : weight.k].to(dtype).contiguous()
     scales = (weight.meta & ~0xFF).view(torch.float32).repeat_interleave(weight.group, 1)
     zeros = (weight.meta & 0xFF).repeat_interleave(weight.group, 1)
     wide = (codes.float() - zeros.float()) * scales

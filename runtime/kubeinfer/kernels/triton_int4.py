@@ -6,6 +6,8 @@
 A code becomes a number without a conversion: left in the mantissa of a float32 with an exponent by which its place counts
 one, it is that number plus a constant (128, 2,048 or 32,768, by the place). The constant and the zero leave the sum of a group at
 once: ``sum (c + q - c - z) x = sum (c + q) x - sum c x - z sum x``, where all but the first term do not depend on the row.
+
+Constants of all kernels: CODES of a word (8, or 4 of 8 bits), GROUPS of a chunk of 32 words, MINIMUMS instead of zeros.
 """
 
 from __future__ import annotations
@@ -38,8 +40,26 @@ _EXPONENTS = (0x43000000, 0x45000000, 0x47000000)
 
 
 @triton.jit
+def _halves(meta):
+    """fp32 scale and minimum."""
+    scale = (meta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    minimum = (meta >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32), minimum.to(tl.float32)
+
+
+@triton.jit
+def _byte(words, J: tl.constexpr, at8):
+    """fp32 of byte ``J`` of each word, plus 32,768."""
+    if J == 0:
+        moved = words << 8
+    else:
+        moved = words >> (8 * J - 8)
+    return ((moved & 0xFF00) | at8).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _number(words, J: tl.constexpr, at16, at12, at8):
-    """fp32 of code ``J`` of each word, plus the number of its place ."""
+    """fp32 of 4-bit code ``J`` of each word, plus the number of its place."""
     if J < 2:
         moved = words << 12
     elif J < 5:
@@ -99,17 +119,21 @@ def _load_words(
 @triton.jit
 def _load_meta(
     meta_ptr, rows, beside, start,
-    WORDS: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, EVEN_K: tl.constexpr,
+    WORDS: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, CODES: tl.constexpr, GROUPS: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Scale and zero of each run of four words, for each group of their chunk and each of ``rows``."""
+    """Scale and zero of each run of four words, for each group that it has codes of and each of ``rows``."""
     STRIDE: tl.constexpr = WORDS // 32 * GROUPS
+    SIDES: tl.constexpr = 2 if GROUPS > CODES else 1  # groups of 16: the words' first and second half have their own
     lanes = tl.arange(0, SPAN * HALVES // 4)
     within = start + 4 * (lanes % (SPAN // 4))
     at = (lanes // (SPAN // 4)) * (beside * STRIDE) + (within // 32) * GROUPS
+    if SIDES == 2:
+        at += within % 32 // 16
     found = ()
-    for h in tl.static_range(GROUPS):
+    for h in tl.static_range(GROUPS // SIDES):
         for r in tl.static_range(len(rows)):
-            where = meta_ptr + rows[r] * STRIDE + at + h
+            where = meta_ptr + rows[r] * STRIDE + at + h * SIDES
             if EVEN_K:
                 found = found + (tl.load(where),)
             else:
@@ -120,19 +144,23 @@ def _load_meta(
 @triton.jit
 def _step(
     words, metas, x_ptr, norm_ptr, start, sums, squares, at16, at12, at8,
-    M: tl.constexpr, K: tl.constexpr, STRIDE_X: tl.constexpr, NORM: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    SPAN: tl.constexpr, HALVES: tl.constexpr, EVEN: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, STRIDE_X: tl.constexpr, NORM: tl.constexpr, CODES: tl.constexpr, GROUPS: tl.constexpr,
+    MINIMUMS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Add a tile's products to ``sums`` (token by token, each row's), and the inputs' squares to ``squares``."""
     WIDTH: tl.constexpr = SPAN * HALVES
-    PER: tl.constexpr = 8 // GROUPS
+    SETS: tl.constexpr = min(CODES, GROUPS)
+    PER: tl.constexpr = CODES // SETS
     lanes = tl.arange(0, WIDTH)
-    column = start * 8 + (lanes // 32) % (SPAN // 32) * 256 + lanes % 32
-    for h in tl.static_range(GROUPS):
+    column = start * CODES + (lanes // 32) % (SPAN // 32) * (32 * CODES) + lanes % 32
+    for h in tl.static_range(SETS):
         numbers = ()
         for i in tl.static_range(PER):
             for r in tl.static_range(ROWS):
-                numbers = numbers + (_number(words[r], h * PER + i, at16, at12, at8),)
+                if CODES == 8:
+                    numbers = numbers + (_number(words[r], h * PER + i, at16, at12, at8),)
+                else:
+                    numbers = numbers + (_byte(words[r], h * PER + i, at8),)
         for m in tl.static_range(M):
             plain8 = tl.zeros([WIDTH], tl.float32)
             plain12 = tl.zeros([WIDTH], tl.float32)
@@ -151,7 +179,7 @@ def _step(
                         x = x * tl.load(norm_ptr + k).to(tl.float32)
                     else:
                         x = x * tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-                if (h * PER + i) % 3 == 2:
+                if CODES == 4 or (h * PER + i) % 3 == 2:
                     plain8 += x
                 elif (h * PER + i) % 3 == 0:
                     plain12 += x
@@ -164,17 +192,25 @@ def _step(
                         products = (
                             products[:r] + (products[r] + numbers[i * ROWS + r] * x,) + products[r + 1 :]
                         )
-            sum8, sum12, sum16 = _four(plain8, WIDTH), _four(plain12, WIDTH), _four(plain16, WIDTH)
-            plain = sum8 + sum12 + sum16
-            shifted = 32768.0 * sum8 + 2048.0 * sum12 + 128.0 * sum16
+            if CODES == 8:
+                sum8, sum12, sum16 = _four(plain8, WIDTH), _four(plain12, WIDTH), _four(plain16, WIDTH)
+                plain = sum8 + sum12 + sum16
+                shifted = 32768.0 * sum8 + 2048.0 * sum12 + 128.0 * sum16
+            else:
+                plain = _four(plain8, WIDTH)
+                shifted = (32768.0 + 128.0) * plain
             if NORM:
                 squares = squares[:m] + (squares[m] + _four(square, WIDTH),) + squares[m + 1 :]
             for r in tl.static_range(ROWS):
                 meta = metas[h * ROWS + r]
-                scale = (meta & -256).to(tl.float32, bitcast=True)
-                zero = (meta & 255).to(tl.float32)
-                left = _four(products[r], WIDTH) - shifted - zero * plain
-                total = sums[m * ROWS + r] + scale * left
+                left = _four(products[r], WIDTH) - shifted
+                if MINIMUMS:
+                    scale, minimum = _halves(meta)
+                    total = sums[m * ROWS + r] + scale * left + minimum * plain
+                else:
+                    scale = (meta & -256).to(tl.float32, bitcast=True)
+                    zero = (meta & 255).to(tl.float32)
+                    total = sums[m * ROWS + r] + scale * (left - zero * plain)
                 sums = sums[: m * ROWS + r] + (total,) + sums[m * ROWS + r + 1 :]
     return sums, squares
 
@@ -195,7 +231,9 @@ def _vector_kernel(
     M: tl.constexpr,
     K: tl.constexpr,
     WORDS: tl.constexpr,
+    CODES: tl.constexpr,
     GROUPS: tl.constexpr,
+    MINIMUMS: tl.constexpr,
     STRIDE_X: tl.constexpr,
     STRIDE_OUT: tl.constexpr,
     NORM: tl.constexpr,
@@ -215,7 +253,7 @@ def _vector_kernel(
     STEPS: tl.constexpr = (WORDS + SPAN - 1) // SPAN
     EVEN_K: tl.constexpr = WORDS % SPAN == 0
     LANES: tl.constexpr = SPAN * HALVES // 4
-    EVEN: tl.constexpr = EVEN_K and K == WORDS * 8
+    EVEN: tl.constexpr = EVEN_K and K == WORDS * CODES
     first = tl.program_id(0) * BLOCK_N
     rows = ()
     for r in tl.static_range(ROWS):
@@ -232,7 +270,7 @@ def _vector_kernel(
     metas = ()
     for i in tl.static_range(DEPTH):
         tiles = tiles + (_load_words(words_ptr, rows, beside, i * SPAN, WORDS, SPAN, HALVES, EVEN_K),)
-        metas = metas + (_load_meta(meta_ptr, rows, beside, i * SPAN, WORDS, SPAN, HALVES, GROUPS, EVEN_K),)
+        metas = metas + (_load_meta(meta_ptr, rows, beside, i * SPAN, WORDS, SPAN, HALVES, CODES, GROUPS, EVEN_K),)
     own = first + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
         if GATED:
@@ -263,12 +301,12 @@ def _vector_kernel(
                 )
                 metas = metas + (
                     _load_meta(
-                        meta_ptr, rows, beside, (i + DEPTH) * SPAN, WORDS, SPAN, HALVES, GROUPS, EVEN_K
+                        meta_ptr, rows, beside, (i + DEPTH) * SPAN, WORDS, SPAN, HALVES, CODES, GROUPS, EVEN_K
                     ),
                 )
             sums, squares = _step(
                 words, meta, x_ptr, norm_ptr, i * SPAN, sums, squares, at16, at12, at8,
-                M, K, STRIDE_X, NORM, GROUPS, ROWS, SPAN, HALVES, EVEN,
+                M, K, STRIDE_X, NORM, CODES, GROUPS, MINIMUMS, ROWS, SPAN, HALVES, EVEN,
             )  # fmt: skip
     else:
         for start in range(0, WORDS, SPAN):
@@ -279,11 +317,11 @@ def _vector_kernel(
                 _load_words(words_ptr, rows, beside, start + DEPTH * SPAN, WORDS, SPAN, HALVES, False),
             )
             metas = metas[1:] + (
-                _load_meta(meta_ptr, rows, beside, start + DEPTH * SPAN, WORDS, SPAN, HALVES, GROUPS, False),
+                _load_meta(meta_ptr, rows, beside, start + DEPTH * SPAN, WORDS, SPAN, HALVES, CODES, GROUPS, False),
             )
             sums, squares = _step(
                 words, meta, x_ptr, norm_ptr, start, sums, squares, at16, at12, at8,
-                M, K, STRIDE_X, NORM, GROUPS, ROWS, SPAN, HALVES, EVEN,
+                M, K, STRIDE_X, NORM, CODES, GROUPS, MINIMUMS, ROWS, SPAN, HALVES, EVEN,
             )  # fmt: skip
 
     for m in tl.static_range(M):
@@ -310,24 +348,54 @@ _VECTOR = Kernel(_vector_kernel)
 
 
 @triton.jit
-def _unpacked(words_ptr, meta_ptr, rows, inside, chunk, PART: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
-              GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """fp32 ``[BLOCK_N, 256 / PARTS]``: part ``PART`` of a chunk of ``rows``."""
-    CODES: tl.constexpr = 8 // PARTS
+def _scale_and_shift(meta, CODES: tl.constexpr, MINIMUMS: tl.constexpr):
+    """What `_value` needs of numbers that are codes plus 128, or bytes plus 256."""
+    if MINIMUMS:
+        scale, minimum = _halves(meta)
+        if CODES == 8:
+            shift = minimum - 128.0 * scale
+        else:
+            shift = minimum - (256.0 + 128.0) * scale
+    else:
+        scale = (meta & -256).to(tl.float32, bitcast=True)
+        shift = (((meta & 255) << 16) | 0x43000000).to(tl.float32, bitcast=True)
+    return scale, shift
+
+
+@triton.jit
+def _value(number, scale, shift, MINIMUMS: tl.constexpr):
+    if MINIMUMS:
+        value = number * scale + shift
+    else:
+        value = (number - shift) * scale
+    return value
+
+
+@triton.jit
+def _unpacked(words_ptr, meta_ptr, rows, inside, chunk, WORDS: tl.constexpr, CODES: tl.constexpr, GROUPS: tl.constexpr,
+              MINIMUMS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """fp32 ``[BLOCK_N, 32 CODES]``: a chunk of ``rows``."""
     lanes = tl.arange(0, 32)
-    codes = PART * CODES + tl.arange(0, CODES)
+    codes = tl.arange(0, CODES)
     words = tl.load(
         words_ptr + rows.to(tl.int64)[:, None] * WORDS + chunk * 32 + lanes[None, :],
         mask=inside[:, None],
         other=0,
     )
-    where = rows[:, None] * (WORDS // 32 * GROUPS) + chunk * GROUPS + (codes // (8 // GROUPS))[None, :]
-    meta = tl.load(meta_ptr + where, mask=inside[:, None], other=0)
-    scale = (meta & -256).to(tl.float32, bitcast=True)
-    zero = (((meta & 255) << 16) | 0x43000000).to(tl.float32, bitcast=True)  # 128 more, as the codes are
-    moved = (words[:, None, :] >> (codes * 4)[None, :, None]) & 15
-    number = ((moved << 16) | 0x43000000).to(tl.float32, bitcast=True)
-    return tl.reshape((number - zero[:, :, None]) * scale[:, :, None], [BLOCK_N, CODES * 32])
+    base = meta_ptr + rows * (WORDS // 32 * GROUPS) + chunk * GROUPS
+    if GROUPS <= CODES:
+        where = base[:, None] + (codes // (CODES // GROUPS))[None, :]
+        meta = tl.load(where, mask=inside[:, None], other=0)[:, :, None]
+    else:
+        where = base[:, None, None] + (codes * 2)[None, :, None] + (lanes // 16)[None, None, :]
+        meta = tl.load(where, mask=inside[:, None, None], other=0)
+    scale, shift = _scale_and_shift(meta, CODES, MINIMUMS)
+    if CODES == 8:
+        bits = (((words[:, None, :] >> (codes * 4)[None, :, None]) & 15) << 16) | 0x43000000
+    else:
+        bits = (((words[:, None, :] >> (codes * 8)[None, :, None]) & 255) << 15) | 0x43800000
+    value = _value(bits.to(tl.float32, bitcast=True), scale, shift, MINIMUMS)
+    return tl.reshape(value, [BLOCK_N, CODES * 32])
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -338,7 +406,9 @@ def _dequantize_kernel(
     n,
     K: tl.constexpr,
     WORDS: tl.constexpr,
+    CODES: tl.constexpr,
     GROUPS: tl.constexpr,
+    MINIMUMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -347,8 +417,8 @@ def _dequantize_kernel(
         gdc_launch_dependents()
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     chunk = tl.program_id(0)
-    wide = _unpacked(words_ptr, meta_ptr, rows, rows < n, chunk, 0, 1, WORDS, GROUPS, BLOCK_N)
-    k = chunk * 256 + tl.arange(0, 256)
+    wide = _unpacked(words_ptr, meta_ptr, rows, rows < n, chunk, WORDS, CODES, GROUPS, MINIMUMS, BLOCK_N)
+    k = chunk * (32 * CODES) + tl.arange(0, 32 * CODES)
     at = out_ptr + rows.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(at, wide.to(out_ptr.dtype.element_ty), mask=(rows < n)[:, None] & (k < K)[None, :])
 
@@ -356,7 +426,19 @@ def _dequantize_kernel(
 _DEQUANTIZE = Kernel(_dequantize_kernel)
 
 
-@triton.jit(do_not_specialize=["m", "n", "at16"])
+@triton.jit
+def _placed(words, J: tl.constexpr, exponent, CODES: tl.constexpr):
+    """fp32 of code ``J`` of each word, plus the number (128, or 256 of bytes) whose bits are ``exponent``."""
+    PLACE: tl.constexpr = (16 if CODES == 8 else 15) - J * (32 // CODES)
+    MASK: tl.constexpr = 0xF0000 if CODES == 8 else 0x7F8000
+    if PLACE >= 0:
+        bits = words << PLACE
+    else:
+        bits = words >> -PLACE
+    return ((bits & MASK) | exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["m", "n", "exponent"])
 def _dot_kernel(
     x_ptr,
     words_ptr,
@@ -365,10 +447,12 @@ def _dot_kernel(
     out_ptr,
     m,
     n,
-    at16,
+    exponent,
     K: tl.constexpr,
     WORDS: tl.constexpr,
+    CODES: tl.constexpr,
     GROUPS: tl.constexpr,
+    MINIMUMS: tl.constexpr,
     STRIDE_X: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -385,6 +469,7 @@ def _dot_kernel(
     inside = rows < n
     CHUNKS: tl.constexpr = WORDS // 32
     PER: tl.constexpr = (CHUNKS + SPLITS - 1) // SPLITS
+    SETS: tl.constexpr = min(CODES, GROUPS)
     first = tl.program_id(2) * PER
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     lanes = tl.arange(0, 32)
@@ -393,19 +478,19 @@ def _dot_kernel(
     meta_base = meta_ptr + rows * (CHUNKS * GROUPS)
     for chunk in range(first, min(first + PER, CHUNKS)):
         words = tl.load(words_base + chunk * 32, mask=inside[:, None], other=0)
-        for h in tl.static_range(GROUPS):
-            meta = tl.load(meta_base + chunk * GROUPS + h, mask=inside, other=0)
-            scale = (meta & -256).to(tl.float32, bitcast=True)[:, None]
-            shift = ((((meta & 255) << 16) | 0x43000000).to(tl.float32, bitcast=True))[:, None]
-            for i in tl.static_range(8 // GROUPS):
-                k = chunk * 256 + (h * (8 // GROUPS) + i) * 32
-                if h * (8 // GROUPS) + i <= 4:
-                    bits = (words << (16 - 4 * (h * (8 // GROUPS) + i))) & 0xF0000
-                else:
-                    bits = (words >> (4 * (h * (8 // GROUPS) + i) - 16)) & 0xF0000
-                weight = ((bits | at16).to(tl.float32, bitcast=True) - shift) * scale
+        for h in tl.static_range(SETS):
+            if GROUPS <= CODES:
+                meta = tl.load(meta_base + chunk * GROUPS + h, mask=inside, other=0)[:, None]
+            else:
+                beside = meta_base[:, None] + chunk * GROUPS + 2 * h + (lanes // 16)[None, :]
+                meta = tl.load(beside, mask=inside[:, None], other=0)
+            scale, shift = _scale_and_shift(meta, CODES, MINIMUMS)
+            for i in tl.static_range(CODES // SETS):
+                k = chunk * (32 * CODES) + (h * (CODES // SETS) + i) * 32
+                number = _placed(words, h * (CODES // SETS) + i, exponent, CODES)
+                weight = _value(number, scale, shift, MINIMUMS)
                 mask = (tokens < m)[None, :]
-                if K % 256 != 0:
+                if K % (32 * CODES) != 0:
                     mask = mask & (k + lanes < K)[:, None]
                 x = tl.load(base + k, mask=mask, other=0.0)
                 total = tl.dot(weight.to(x.dtype), x, total)
@@ -423,29 +508,35 @@ _DOT = Kernel(_dot_kernel)
 
 
 @functools.cache
-def find_config(m: int, n: int, k: int, kind: str) -> Config:
+def find_config(m: int, n: int, k: int, kind: str, chunk: int = CHUNK, groups: int = 2) -> Config:
     """Rows and words of a tile, warps and tiles fetched ahead; ``kind`` is ``plain`` or ``gated`` (two rows an output)."""
     m = 1 << (m - 1).bit_length()
     found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
-    if found is not None:
+    most = 8 if groups <= 2 else 4  # runs a program: words and scales of all are in registers at once
+    if found is not None and most == 8:
         return Config(**found)
-    words = triton.cdiv(k, CHUNK) * (CHUNK // 8)
-    programs = triton.cdiv(n * (2 if kind == "gated" else 1), 16 // m)
+    words = triton.cdiv(k, chunk) * 32
+    programs = triton.cdiv(n * (2 if kind == "gated" else 1), 2 * most // m)
     warps = 1
     while warps < 4 and programs * warps < _ENOUGH_WARPS and 128 * warps <= words:
         warps *= 2
-    rows = max(2, 8 * row_halves(n, k, 128 * warps, kind) // m)
+    rows = max(2, most * row_halves(n, k, 128 * warps, kind, chunk) // m)
     return Config(rows // 2 if kind == "gated" else rows, 128 * warps, warps, 1)
 
 
 @functools.cache
-def row_halves(n: int, k: int, width: int, kind: str) -> int:
+def row_halves(n: int, k: int, width: int, kind: str, chunk: int = CHUNK) -> int:
     """2 where runs of ``width`` words are better halves of two rows' (K 3,584 is three and a half runs of 128), else 1."""
-    words = triton.cdiv(k, CHUNK) * (CHUNK // 8)
+    words = triton.cdiv(k, chunk) * 32
     if kind != "gated" and n % 2:
         return 1
     half = width // 2
     return 2 if triton.cdiv(words, half) * half < 0.95 * triton.cdiv(words, width) * width else 1
+
+
+def _layout(weight: Int4Weight) -> tuple[int, int, bool]:
+    """The kernels' CODES, GROUPS and MINIMUMS."""
+    return 32 // weight.bits, weight.chunk // weight.group, weight.minimums
 
 
 def int4_vector_triton(
@@ -464,9 +555,9 @@ def int4_vector_triton(
     if x.stride(1) != 1:
         x = x.contiguous()
     out = residual if residual is not None else torch.empty(m, n, dtype=x.dtype, device=x.device)
-    config = config or find_config(m, n, k, "gated" if gated else "plain")
     words, kind = weight.words.shape[1], "gated" if gated else "plain"
-    halves = row_halves(n, k, config.block_k, kind)
+    config = config or find_config(m, n, k, kind, weight.chunk, weight.chunk // weight.group)
+    halves = row_halves(n, k, config.block_k, kind, weight.chunk)
     if config.block_n * (2 if gated else 1) % (2 * halves):
         halves = 1
     if config.block_n * (2 if gated else 1) // halves > _MOST_RUNS:
@@ -479,7 +570,7 @@ def int4_vector_triton(
         n, eps, *_EXPONENTS,
     )  # fmt: skip
     constants = (
-        m, k, words, CHUNK // weight.group, x.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None,
+        m, k, words, *_layout(weight), x.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None,
         residual is not None, config.block_n, span, halves, min(config.depth, steps), steps == 1, pdl,
     )  # fmt: skip
     _VECTOR.launch((triton.cdiv(n, config.block_n), 1, 1), args, constants, config.num_warps, pdl=pdl)
@@ -503,10 +594,11 @@ def int4_dot_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tenso
     splits = triton.cdiv(chunks, triton.cdiv(chunks, splits))  # none is empty
     target = out if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     pdl = overlaps_launches()
+    exponent = _EXPONENTS[0] if weight.bits == 4 else 0x43800000  # 128; 256, whose mantissa's place 2^15 counts one
     _DOT.launch(
         (triton.cdiv(n, block_n), triton.cdiv(m, block_m), splits),
-        (x, weight.words, weight.meta, bias if bias is not None else x, target, m, n, _EXPONENTS[0]),
-        (k, words, CHUNK // weight.group, x.stride(0), bias is not None, splits, block_m, block_n, pdl),
+        (x, weight.words, weight.meta, bias if bias is not None else x, target, m, n, exponent),
+        (k, words, *_layout(weight), x.stride(0), bias is not None, splits, block_m, block_n, pdl),
         num_warps,
         2,  # a chunk is eight products: their inputs, in three stages, would not fit into shared memory
         pdl=pdl,
@@ -522,7 +614,7 @@ def dequantize_int4_triton(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     _DEQUANTIZE.launch(
         (words // 32, triton.cdiv(weight.n, block_n), 1),
         (weight.words, weight.meta, out, weight.n),
-        (weight.k, words, CHUNK // weight.group, block_n, pdl),
+        (weight.k, words, *_layout(weight), block_n, pdl),
         4,
         pdl=pdl,
     )

@@ -1,16 +1,15 @@
-"""Dequantization of GGUF's block formats with torch: the same arithmetic in float32 as the ``gguf`` package's, bit for bit.
+"""GGUF's block formats with torch: codes, scales and minimums, and from them the ``gguf`` package's values, bit for bit.
 
-Layouts are those of ggml-common.h in ggml. Each function takes ``blocks`` (uint8, [blocks, bytes of a block]) and
-returns float32 [blocks, elements of a block]. Formats without a function here go through the package's numpy code.
+Layouts are those of ggml-common.h in ggml. Each function takes ``blocks`` (uint8, [blocks, bytes of a block]). Formats
+without a function here go through the package's numpy code.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +19,25 @@ _CHUNK = 1 << 17
 _MOST_WORKERS = 8
 _CHUNKS_A_WORKER = 8
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+class Unpacked(NamedTuple):
+    """Weights ``scale * code + minimum`` of blocks: codes int8 or uint8 [blocks, groups, group], the others float32 [blocks, groups].
+
+    ``minimum`` None: zeros.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    minimum: torch.Tensor | None
+
+    def values(self) -> torch.Tensor:
+        """float32 [blocks, elements]."""
+        wide = self.codes.to(torch.float32).mul_(self.scale.unsqueeze(-1))
+        if self.minimum is not None:
+            # two operations, not addcmul: a fused multiply-add would round once where ggml rounds twice
+            wide.add_(self.minimum.unsqueeze(-1))
+        return wide.flatten(1)
 
 
 def dequantize(
@@ -40,10 +58,11 @@ def dequantize(
     blocks = raw.view(prod(shape) // block_size, -1)
     out = torch.empty(blocks.shape[0], block_size, dtype=dtype or torch.float32)
     step = max(1, _CHUNK // block_size)
-    convert = _CONVERT.get(type_name) or functools.partial(_with_gguf, type_name=type_name)
+    known = type_name in _UNPACK
 
     def chunk(first: int) -> None:
-        out[first : first + step] = convert(blocks[first : first + step])
+        part = blocks[first : first + step]
+        out[first : first + step] = unpack(part, type_name).values() if known else _with_gguf(part, type_name)
 
     _run(chunk, range(0, blocks.shape[0], step))
     return out.view(shape)
@@ -85,6 +104,11 @@ def _with_gguf(blocks: torch.Tensor, type_name: str) -> torch.Tensor:
         ) from None
 
 
+def unpack(blocks: torch.Tensor, type_name: str) -> Unpacked:
+    """Codes, scales and minimums of ``blocks`` (uint8 [n, bytes of a block]) in one of `UNPACKED_TYPES`, on their device."""
+    return _UNPACK[type_name](blocks)
+
+
 def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
     """The float16 at byte ``start`` of each block, as float32 [blocks, 1]."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
@@ -106,83 +130,77 @@ def _fifth_bits(packed: torch.Tensor) -> torch.Tensor:
     return _bits(packed, 1).transpose(-1, -2).reshape(-1, 32) << 4
 
 
-def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
-    quants = _nibbles(blocks[:, 2:18]).reshape(-1, 32).to(torch.float32) - 8.0
-    return quants.mul_(_half(blocks, 0))
+def _signed(codes: torch.Tensor, middle: int, group: int) -> torch.Tensor:
+    """uint8 codes less ``middle``, as int8 [blocks, groups, group]."""
+    return codes.view(torch.int8).sub_(middle).view(codes.shape[0], -1, group)
 
 
-def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
-    quants = _nibbles(blocks[:, 4:20]).reshape(-1, 32).to(torch.float32)
-    # two operations, not addcmul: a fused multiply-add would round once where ggml rounds twice
-    return quants.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+def _q4_0(blocks: torch.Tensor) -> Unpacked:
+    return Unpacked(_signed(_nibbles(blocks[:, 2:18]).reshape(-1, 32), 8, 32), _half(blocks, 0), None)
 
 
-def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
-    quants = _nibbles(blocks[:, 6:22]).reshape(-1, 32) | _fifth_bits(blocks[:, 2:6])
-    return (quants.to(torch.float32) - 16.0).mul_(_half(blocks, 0))
+def _q4_1(blocks: torch.Tensor) -> Unpacked:
+    codes = _nibbles(blocks[:, 4:20]).reshape(-1, 1, 32)
+    return Unpacked(codes, _half(blocks, 0), _half(blocks, 2))
 
 
-def _q5_1(blocks: torch.Tensor) -> torch.Tensor:
-    quants = _nibbles(blocks[:, 8:24]).reshape(-1, 32) | _fifth_bits(blocks[:, 4:8])
-    return quants.to(torch.float32).mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+def _q5_0(blocks: torch.Tensor) -> Unpacked:
+    codes = _nibbles(blocks[:, 6:22]).reshape(-1, 32) | _fifth_bits(blocks[:, 2:6])
+    return Unpacked(_signed(codes, 16, 32), _half(blocks, 0), None)
 
 
-def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
-    return blocks[:, 2:34].view(torch.int8).to(torch.float32).mul_(_half(blocks, 0))
+def _q5_1(blocks: torch.Tensor) -> Unpacked:
+    codes = _nibbles(blocks[:, 8:24]).reshape(-1, 32) | _fifth_bits(blocks[:, 4:8])
+    return Unpacked(codes.unsqueeze(1), _half(blocks, 0), _half(blocks, 2))
 
 
-def _q2_k(blocks: torch.Tensor) -> torch.Tensor:
+def _q8_0(blocks: torch.Tensor) -> Unpacked:
+    return Unpacked(blocks[:, 2:34].view(torch.int8).unsqueeze(1), _half(blocks, 0), None)
+
+
+def _q2_k(blocks: torch.Tensor) -> Unpacked:
     scales = blocks[:, 0:16]
-    scale = (_half(blocks, 80) * (scales & 0x0F).float()).unsqueeze(-1)
-    minimum = (_half(blocks, 82) * (scales >> 4).float()).unsqueeze(-1)
-    quants = _bits(blocks[:, 16:80].reshape(-1, 2, 32), 2).reshape(-1, 16, 16).float()
-    return quants.mul_(scale).sub_(minimum).view(-1, 256)
+    codes = _bits(blocks[:, 16:80].reshape(-1, 2, 32), 2).reshape(-1, 16, 16)
+    return Unpacked(
+        codes, _half(blocks, 80) * (scales & 0x0F).float(), -(_half(blocks, 82) * (scales >> 4).float())
+    )
 
 
-def _q3_k(blocks: torch.Tensor) -> torch.Tensor:
+def _q3_k(blocks: torch.Tensor) -> Unpacked:
     low = _nibbles(blocks[:, 96:104]).reshape(-1, 16)
     high = _bits(blocks[:, 104:108], 2).reshape(-1, 16)
-    scale = (_half(blocks, 108) * ((low | (high << 4)).float() - 32.0)).unsqueeze(-1)
-    quants = _bits(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 16, 16)
+    codes = _bits(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 16, 16)
     # the mask's bit is set where nothing is to be subtracted
-    minus = (_bits(blocks[:, 0:32], 1).reshape(-1, 16, 16) ^ 1) << 2
-    return (quants.float() - minus.float()).mul_(scale).view(-1, 256)
+    codes = codes | (_bits(blocks[:, 0:32], 1).reshape(-1, 16, 16) << 2)
+    return Unpacked(_signed(codes, 4, 16), _half(blocks, 108) * ((low | (high << 4)).float() - 32.0), None)
 
 
-def _scales_and_minimums(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The 6-bit scales and minimums of Q4_K and Q5_K: uint8 [n, 12] -> two float32 [n, 8]."""
-    first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+def _scales_and_minimums(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of Q4_K and Q5_K, of 6 bits each in 12 bytes: two float32 [n, 8]."""
+    first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scale = torch.cat((first & 0x3F, (third & 0x0F) | ((first >> 2) & 0x30)), dim=-1)
     minimum = torch.cat((second & 0x3F, (third >> 4) | ((second >> 2) & 0x30)), dim=-1)
-    return scale.float(), minimum.float()
+    return _half(blocks, 0) * scale.float(), -(_half(blocks, 2) * minimum.float())
 
 
-def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
-    scale, minimum = _scales_and_minimums(blocks[:, 4:16])
-    scale = (_half(blocks, 0) * scale).unsqueeze(-1)
-    minimum = (_half(blocks, 2) * minimum).unsqueeze(-1)
-    quants = _nibbles(blocks[:, 16:144].reshape(-1, 4, 32)).reshape(-1, 8, 32).to(torch.float32)
-    return quants.mul_(scale).sub_(minimum).view(-1, 256)
+def _q4_k(blocks: torch.Tensor) -> Unpacked:
+    codes = _nibbles(blocks[:, 16:144].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    return Unpacked(codes, *_scales_and_minimums(blocks))
 
 
-def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
-    scale, minimum = _scales_and_minimums(blocks[:, 4:16])
-    scale = (_half(blocks, 0) * scale).unsqueeze(-1)
-    minimum = (_half(blocks, 2) * minimum).unsqueeze(-1)
+def _q5_k(blocks: torch.Tensor) -> Unpacked:
     low = _nibbles(blocks[:, 48:176].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    quants = (low | (_bits(blocks[:, 16:48], 1) << 4)).to(torch.float32)
-    return quants.mul_(scale).sub_(minimum).view(-1, 256)
+    return Unpacked(low | (_bits(blocks[:, 16:48], 1) << 4), *_scales_and_minimums(blocks))
 
 
-def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
-    scale = (_half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()).unsqueeze(-1)
+def _q6_k(blocks: torch.Tensor) -> Unpacked:
     low = _nibbles(blocks[:, 0:128].reshape(-1, 2, 64)).reshape(-1, 8, 32)
     high = _bits(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 8, 32)
-    quants = (low | (high << 4)).to(torch.float32) - 32.0
-    return quants.view(-1, 16, 16).mul_(scale).view(-1, 256)
+    scale = _half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()
+    return Unpacked(_signed(low | (high << 4), 32, 16), scale, None)
 
 
-_CONVERT: dict[str, Callable[[torch.Tensor], Any]] = {
+_UNPACK: dict[str, Callable[[torch.Tensor], Unpacked]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,

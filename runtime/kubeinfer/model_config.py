@@ -9,7 +9,7 @@ from typing import Any
 
 from kubeinfer.errors import ModelLoadError, OptionError
 from kubeinfer.options import EngineOptions
-from kubeinfer.quantization import QuantizationConfig, read_quantization
+from kubeinfer.quantization import QuantizationConfig, gguf_quantization, read_quantization
 
 _DTYPES = {"half": "float16", "float": "float32"}
 
@@ -200,8 +200,15 @@ def _normalise(
         norm_eps=float(hf.get("rms_norm_eps") or 1e-6),
         tie_word_embeddings=bool(hf.get("tie_word_embeddings", architecture == "OPTForCausalLM")),
         layer_windows=_windows(hf, num_layers),
-        quantization=read_quantization(hf, options.quantization, path),
+        quantization=_quantization(options, hf, path),
     )
+
+
+def _quantization(options: EngineOptions, hf: dict[str, Any], path: Path) -> QuantizationConfig | None:
+    """GGUF blocks stay quantized where there are kernels for them: on GPUs, in 16 bits. Elsewhere they are dequantized."""
+    found = read_quantization(hf, options.quantization, path)
+    kept = path.is_file() and options.device == "cuda" and _dtype(options, hf) != "float32"
+    return gguf_quantization(path) if found is None and kept else found
 
 
 def _dtype(options: EngineOptions, hf: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
-"""How a checkpoint's linear layers are quantized: read from config.json's ``quantization_config``, without torch."""
+"""How a checkpoint's linear layers are quantized: read from config.json or a GGUF file's header, without torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kubeinfer.errors import ModelLoadError, OptionError
@@ -47,7 +48,50 @@ class GroupedIntConfig:
     zero_offset: int = 0
 
 
-QuantizationConfig = FP8Config | GroupedIntConfig
+@dataclass(frozen=True)
+class GGUFType:
+    """A type of GGUF blocks as our kernels take it: codes of ``bits``, a scale and a minimum for each ``group`` of inputs."""
+
+    name: str
+    bits: int
+    group: int
+    block_size: int
+    block_bytes: int
+
+
+@dataclass(frozen=True)
+class GGUFConfig:
+    """A GGUF file's blocks, kept quantized. ``types`` has, by the names that Hugging Face gives them, the tensors that can be."""
+
+    types: dict[str, GGUFType] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    name = "gguf"
+
+
+QuantizationConfig = FP8Config | GroupedIntConfig | GGUFConfig
+
+# Bits and group that hold a type of GGUF blocks without loss. Fewer bits than 4 are expanded: there are no kernels for them.
+_GGUF_FORMS = {
+    "Q4_0": (4, 32), "Q4_1": (4, 32), "Q4_K": (4, 32),
+    "Q5_0": (8, 32), "Q5_1": (8, 32), "Q5_K": (8, 32), "Q8_0": (8, 32),
+    "Q2_K": (8, 16), "Q3_K": (8, 16), "Q6_K": (8, 16),
+}  # fmt: skip
+
+
+def gguf_quantization(path: Path) -> GGUFConfig | None:
+    """How the matrices of the GGUF file ``path`` are kept in a GPU's memory; None: none of them quantized."""
+    from kubeinfer.weights.readers.gguf_file import read_gguf
+    from kubeinfer.weights.readers.gguf_hf import ROPE_FREQS, hf_name
+
+    types = {
+        hf_name(info.name, info.path): GGUFType(
+            info.type_name, *_GGUF_FORMS[info.type_name], info.block_size, info.block_bytes
+        )
+        for info in read_gguf(path).tensors.values()
+        if info.name != ROPE_FREQS and info.type_name in _GGUF_FORMS
+    }
+    return GGUFConfig(types) if types else None
 
 
 def ignores(config: QuantizationConfig, module: str) -> bool:

@@ -294,7 +294,9 @@ def weight_with_minimums(n: int, k: int, group: int, bits: int) -> tuple[Int4Wei
     )
     scales = (torch.rand(n, k // group) / k**0.5).half() / (4 if bits == 4 else 64)
     minimums = (scales * torch.randint(-15, 16, scales.shape)).half()
-    plain = (codes.double().view(n, -1, group) * scales.double()[..., None] + minimums.double()[..., None]).flatten(1)
+    plain = (
+        codes.double().view(n, -1, group) * scales.double()[..., None] + minimums.double()[..., None]
+    ).flatten(1)
     return pack_with_minimums(codes, scales, minimums, group, bits), plain
 
 
@@ -304,7 +306,9 @@ BITS_AND_GROUPS = [(4, 32), (8, 32), (8, 16)]
 @pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
 @pytest.mark.parametrize(("n", "k"), [(48, 256), (8, 896), (16, 4864), (40, 160)])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_dequantized_with_minimums(device: str, n: int, k: int, bits: int, group: int, dtype: torch.dtype) -> None:
+def test_dequantized_with_minimums(
+    device: str, n: int, k: int, bits: int, group: int, dtype: torch.dtype
+) -> None:
     weight, plain = weight_with_minimums(n, k, group, bits)
     reference = int4.dequantize_int4_reference(weight, dtype)
     assert torch.allclose(reference.double(), plain, rtol=TOLERANCE[dtype], atol=1e-7)

@@ -145,12 +145,19 @@ def make_core(options: EngineOptions, serving: bool = False) -> EngineCore:
     ``serving``: streams are read as they come, so that steps are kept short where no option says otherwise.
     """
     from kubeinfer.distributed.executor import make_executor
-    from kubeinfer.engine.defaults import check_batch_invariant, check_dtype, resolve_defaults, step_limits
+    from kubeinfer.engine.defaults import (
+        check_batch_invariant,
+        check_dtype,
+        check_offload,
+        resolve_defaults,
+        step_limits,
+    )
     from kubeinfer.model_config import load_model_config
 
     options = resolve_defaults(options)
     model_config = check_dtype(options, load_model_config(options))
     check_batch_invariant(options, model_config)
+    check_offload(options, model_config)
     limits = step_limits(options, model_config, serving)
     from kubeinfer.worker.worker import Worker
 

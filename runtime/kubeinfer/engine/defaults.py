@@ -103,11 +103,34 @@ def check_batch_invariant(options: EngineOptions, model_config: ModelConfig) -> 
         return
     method = (model_config.hf_config.get("quantization_config") or {}).get("quant_method")
     method = options.quantization or method
-    if method not in (None, "gguf"):
+    kept = model_config.quantization
+    if kept is None and method in (None, "gguf"):
+        return
+    hint = "Use the model's unquantized weights, or leave batch_invariant out."
+    if kept is not None and kept.name == "gguf":
+        method = "gguf"
+        hint = (
+            "Use the model's unquantized weights, --dtype float32 (GGUF weights are then dequantized), or leave "
+            "batch_invariant out."
+        )
+    raise OptionError(
+        f"batch_invariant does not work with quantization {method}: its kernels sum in an order that depends on the "
+        f"batch. {hint}",
+        "batch_invariant",
+    )
+
+
+def check_offload(options: EngineOptions, model_config: ModelConfig) -> None:
+    """Raises :class:`OptionError` where weights cannot live in host memory as they are."""
+    if (
+        options.cpu_offload_gb
+        and model_config.quantization is not None
+        and model_config.quantization.name == "gguf"
+    ):
         raise OptionError(
-            f"batch_invariant does not work with quantization {method}: its kernels sum in an order that depends on the "
-            "batch. Use the model's unquantized or GGUF weights, or leave batch_invariant out.",
-            "batch_invariant",
+            "cpu_offload_gb does not work with GGUF weights on a GPU: they are repacked for their kernels at load. Leave "
+            "cpu_offload_gb out, use --dtype float32 (they are then dequantized), or the unquantized model.",
+            "cpu_offload_gb",
         )
 
 

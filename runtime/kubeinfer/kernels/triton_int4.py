@@ -124,7 +124,9 @@ def _load_meta(
 ):  # fmt: skip
     """Scale and zero of each run of four words, for each group that it has codes of and each of ``rows``."""
     STRIDE: tl.constexpr = WORDS // 32 * GROUPS
-    SIDES: tl.constexpr = 2 if GROUPS > CODES else 1  # groups of 16: the words' first and second half have their own
+    SIDES: tl.constexpr = (
+        2 if GROUPS > CODES else 1
+    )  # groups of 16: the words' first and second half have their own
     lanes = tl.arange(0, SPAN * HALVES // 4)
     within = start + 4 * (lanes % (SPAN // 4))
     at = (lanes // (SPAN // 4)) * (beside * STRIDE) + (within // 32) * GROUPS
@@ -270,7 +272,9 @@ def _vector_kernel(
     metas = ()
     for i in tl.static_range(DEPTH):
         tiles = tiles + (_load_words(words_ptr, rows, beside, i * SPAN, WORDS, SPAN, HALVES, EVEN_K),)
-        metas = metas + (_load_meta(meta_ptr, rows, beside, i * SPAN, WORDS, SPAN, HALVES, CODES, GROUPS, EVEN_K),)
+        metas = metas + (
+            _load_meta(meta_ptr, rows, beside, i * SPAN, WORDS, SPAN, HALVES, CODES, GROUPS, EVEN_K),
+        )
     own = first + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
         if GATED:
@@ -317,7 +321,9 @@ def _vector_kernel(
                 _load_words(words_ptr, rows, beside, start + DEPTH * SPAN, WORDS, SPAN, HALVES, False),
             )
             metas = metas[1:] + (
-                _load_meta(meta_ptr, rows, beside, start + DEPTH * SPAN, WORDS, SPAN, HALVES, CODES, GROUPS, False),
+                _load_meta(
+                    meta_ptr, rows, beside, start + DEPTH * SPAN, WORDS, SPAN, HALVES, CODES, GROUPS, False
+                ),
             )
             sums, squares = _step(
                 words, meta, x_ptr, norm_ptr, start, sums, squares, at16, at12, at8,
@@ -479,12 +485,14 @@ def _dot_kernel(
     for chunk in range(first, min(first + PER, CHUNKS)):
         words = tl.load(words_base + chunk * 32, mask=inside[:, None], other=0)
         for h in tl.static_range(SETS):
-            if GROUPS <= CODES:
-                meta = tl.load(meta_base + chunk * GROUPS + h, mask=inside, other=0)[:, None]
-            else:
-                beside = meta_base[:, None] + chunk * GROUPS + 2 * h + (lanes // 16)[None, :]
-                meta = tl.load(beside, mask=inside[:, None], other=0)
-            scale, shift = _scale_and_shift(meta, CODES, MINIMUMS)
+            beside = meta_base + chunk * GROUPS + h * (GROUPS // SETS)
+            scale, shift = _scale_and_shift(tl.load(beside, mask=inside, other=0)[:, None], CODES, MINIMUMS)
+            if GROUPS > CODES:  # each half of a code's 32 inputs is a group
+                other, apart = _scale_and_shift(
+                    tl.load(beside + 1, mask=inside, other=0)[:, None], CODES, MINIMUMS
+                )
+                half = (lanes < 16)[None, :]
+                scale, shift = tl.where(half, scale, other), tl.where(half, shift, apart)
             for i in tl.static_range(CODES // SETS):
                 k = chunk * (32 * CODES) + (h * (CODES // SETS) + i) * 32
                 number = _placed(words, h * (CODES // SETS) + i, exponent, CODES)
@@ -594,7 +602,9 @@ def int4_dot_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tenso
     splits = triton.cdiv(chunks, triton.cdiv(chunks, splits))  # none is empty
     target = out if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     pdl = overlaps_launches()
-    exponent = _EXPONENTS[0] if weight.bits == 4 else 0x43800000  # 128; 256, whose mantissa's place 2^15 counts one
+    exponent = (
+        _EXPONENTS[0] if weight.bits == 4 else 0x43800000
+    )  # 128; 256, whose mantissa's place 2^15 counts one
     _DOT.launch(
         (triton.cdiv(n, block_n), triton.cdiv(m, block_m), splits),
         (x, weight.words, weight.meta, bias if bias is not None else x, target, m, n, exponent),

@@ -105,6 +105,7 @@ class ParameterStore:
         self.quantization = quantization
         self.host = host
         self.slots: dict[str, list[Slot | ConvertingSlot]] = {}
+        self.stored_names: set[str] = set()  # GGUF tensors that are wanted as the file holds them
         self.tensors: list[Tensor] = []
         self.host_tensors: dict[int, list[Tensor]] = {}
         self.layer_bytes: dict[int, int] = {}  # of a decoder layer's matrices

@@ -20,6 +20,7 @@ from kubeinfer.layers.parameters import HostLayers, ParameterStore, belongs
 from kubeinfer.model_config import ModelConfig
 from kubeinfer.models.registry import model_class
 from kubeinfer.options import EngineOptions
+from kubeinfer.quantization import GGUFConfig
 from kubeinfer.worker.block_swapper import BlockSwapper
 from kubeinfer.worker.gpu_setup import prepare_gpu, profile_largest_step
 from kubeinfer.worker.host_pool import host_memory
@@ -172,13 +173,17 @@ class Worker:
             def wanted(name: str) -> bool:
                 return not belongs(name, elsewhere)
 
-            # Quantized tensors and their scales are wanted as stored.
-            dtype = None if config.quantization is not None else self.dtype
+            # Quantized tensors and their scales are wanted as stored; of GGUF files, those that a layer named.
+            as_stored = config.quantization is not None and not isinstance(config.quantization, GGUFConfig)
+            tensors = iterate_tensors(
+                config.path,
+                self.options.load_format,
+                wanted,
+                None if as_stored else self.dtype,
+                store.stored_names.__contains__,
+            )
             try:
-                store.load(
-                    iterate_tensors(config.path, self.options.load_format, wanted, dtype),
-                    model.optional_weights,
-                )
+                store.load(tensors, model.optional_weights)
             except ModelLoadError as exc:
                 raise ModelLoadError(f"{config.path}: {exc}") from None
         if store.host_tensors:

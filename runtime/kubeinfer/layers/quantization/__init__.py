@@ -6,7 +6,7 @@ from kubeinfer.errors import ModelLoadError
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.layers.quantization.base import LinearMethod, LoadingWeight, Part, Shard
 from kubeinfer.layers.quantization.dense import DenseWeight
-from kubeinfer.quantization import FP8Config, ignores
+from kubeinfer.quantization import FP8Config, GGUFConfig, ignores
 
 __all__ = ["LinearMethod", "LoadingWeight", "Part", "Shard", "loading_weight"]
 
@@ -20,6 +20,10 @@ def loading_weight(store: ParameterStore, shard: Shard) -> LoadingWeight:
     config = store.quantization
     if config is None:
         return DenseWeight(store, shard)
+    if isinstance(config, GGUFConfig):
+        from kubeinfer.layers.quantization.gguf import gguf_weight
+
+        return gguf_weight(store, shard, config)
     skipped = [part.name for part in shard.parts if ignores(config, part.name)]
     if len(skipped) == len(shard.parts):
         return DenseWeight(store, shard)

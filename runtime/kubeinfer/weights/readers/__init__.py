@@ -34,13 +34,15 @@ def iterate_tensors(
     load_format: str = "auto",
     wanted: Callable[[str], bool] | None = None,
     dtype: torch.dtype | None = None,
+    as_stored: Callable[[str], bool] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream (Hugging Face name, CPU tensor) from the model folder or weight file ``path``.
 
     Tensors come one at a time and usually lie in a memory map of the file, so that peak memory stays at about one
     tensor: copy what you keep, and do not write into them. ``wanted`` is asked with each name first; what it turns
     down is not read. ``dtype`` converts floating-point tensors on the way (GGUF's quantized ones straight to it);
-    None leaves them as stored, and gives quantized ones as float32.
+    None leaves them as stored, and gives quantized ones as float32. GGUF's of which ``as_stored`` is true come as blocks
+    instead, uint8 [rows, bytes of a row].
 
     Raises :class:`~kubeinfer.errors.ModelLoadError` naming the file that is missing, truncated or not readable.
     """
@@ -48,7 +50,7 @@ def iterate_tensors(
     if checkpoint.format == "gguf":
         from kubeinfer.weights.readers.gguf_tensors import iterate_gguf
 
-        yield from iterate_gguf(checkpoint.files[0], wanted, dtype)
+        yield from iterate_gguf(checkpoint.files[0], wanted, dtype, as_stored)
         return
     from kubeinfer.weights.readers.hf_tensors import iterate_pt, iterate_safetensors
 

@@ -117,7 +117,8 @@ def gguf_config(path: Path) -> dict[str, Any]:
         "max_position_embeddings": int(_need(file, "{arch}.context_length")),
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        # of all four projections; qwen2 has biases on three, and no word for it
+        "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "torch_dtype": _dtype(file),
     }

@@ -52,11 +52,15 @@ def iterate_gguf_raw(path: Path, wanted: Callable[[str], bool] | None = None) ->
 
 
 def iterate_gguf(
-    path: Path, wanted: Callable[[str], bool] | None = None, dtype: torch.dtype | None = None
+    path: Path,
+    wanted: Callable[[str], bool] | None = None,
+    dtype: torch.dtype | None = None,
+    as_stored: Callable[[str], bool] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor) of each tensor of the GGUF file ``path``, dequantized."""
+    """(Hugging Face name, tensor) of each tensor of the GGUF file ``path``: its blocks if ``as_stored``, else dequantized."""
     for raw in iterate_gguf_raw(path, wanted):
-        yield raw.name, raw.dequantize(dtype)
+        stored = as_stored is not None and as_stored(raw.name)
+        yield raw.name, raw.blocks if stored else raw.dequantize(dtype)
 
 
 def _map(path: Path) -> torch.Tensor:

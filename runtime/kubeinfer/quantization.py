@@ -72,7 +72,7 @@ class GGUFConfig:
 QuantizationConfig = FP8Config | GroupedIntConfig | GGUFConfig
 
 # Bits and group that hold a type of GGUF blocks without loss. Fewer bits than 4 are expanded: there are no kernels for them.
-_GGUF_FORMS = {
+GGUF_FORMS = {
     "Q4_0": (4, 32), "Q4_1": (4, 32), "Q4_K": (4, 32),
     "Q5_0": (8, 32), "Q5_1": (8, 32), "Q5_K": (8, 32), "Q8_0": (8, 32),
     "Q2_K": (8, 16), "Q3_K": (8, 16), "Q6_K": (8, 16),
@@ -86,10 +86,10 @@ def gguf_quantization(path: Path) -> GGUFConfig | None:
 
     types = {
         hf_name(info.name, info.path): GGUFType(
-            info.type_name, *_GGUF_FORMS[info.type_name], info.block_size, info.block_bytes
+            info.type_name, *GGUF_FORMS[info.type_name], info.block_size, info.block_bytes
         )
         for info in read_gguf(path).tensors.values()
-        if info.name != ROPE_FREQS and info.type_name in _GGUF_FORMS
+        if info.name != ROPE_FREQS and info.type_name in GGUF_FORMS
     }
     return GGUFConfig(types) if types else None
 

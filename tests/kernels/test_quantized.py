@@ -12,6 +12,9 @@ from torch import Tensor
 from kubeinfer.kernels import fp8, int4
 from kubeinfer.kernels.fp8 import FP8, QuantizedRows
 from kubeinfer.kernels.int4 import Int4Weight, int4_linear, pack_int4, pack_with_minimums
+from kubeinfer.quantization import GGUF_FORMS
+from kubeinfer.weights.readers.gguf_dequant import unpack
+from kubeinfer.weights.readers.gguf_file import _TYPES
 
 EPS = 1e-5
 HALVES = [torch.float16, torch.bfloat16]
@@ -283,6 +286,15 @@ def test_packing_is_reversible() -> None:
 
 
 # With minimums, and in 8 bits
+
+
+@pytest.mark.parametrize("kind", list(GGUF_FORMS))
+def test_gguf_blocks_are_unpacked_as_on_the_cpu(device: str, kind: str) -> None:
+    _, _, size = next(entry for entry in _TYPES.values() if entry[0] == kind)
+    blocks = torch.randint(0, 256, (37, size), dtype=torch.uint8)
+    for got, want in zip(unpack(blocks.to(device), kind), unpack(blocks, kind), strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or torch.equal(got.cpu().nan_to_num(), want.nan_to_num())
 
 
 def weight_with_minimums(n: int, k: int, group: int, bits: int) -> tuple[Int4Weight, Tensor]:

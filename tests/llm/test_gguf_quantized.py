@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fixtures.reference import random_prompts
-from fixtures.tiny_gguf import write_gguf
+from fixtures.tiny_gguf import mixed_types, write_gguf
 from fixtures.tiny_models import VOCAB_SIZE, tiny_model
 from kubeinfer import LLM, SamplingParams
 from kubeinfer.engine.defaults import check_batch_invariant, check_offload
@@ -25,7 +25,7 @@ from kubeinfer.layers.quantization.gguf import GGUFWeight
 from kubeinfer.layers.quantization.grouped_int import Int4Method
 from kubeinfer.model_config import load_model_config
 from kubeinfer.options import EngineOptions
-from kubeinfer.quantization import _GGUF_FORMS, GGUFConfig, GGUFType, gguf_quantization
+from kubeinfer.quantization import GGUF_FORMS, GGUFConfig, GGUFType, gguf_quantization
 
 PROMPTS = random_prompts(12, [1, 5, 17, 33, 60], VOCAB_SIZE)
 OPTIONS: dict[str, Any] = {
@@ -39,7 +39,7 @@ _SCALES = {
 
 
 def form(kind: str) -> GGUFType:
-    return GGUFType(kind, *_GGUF_FORMS[kind], *gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]])
+    return GGUFType(kind, *GGUF_FORMS[kind], *gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]])
 
 
 def random_blocks(kind: str, rows: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +71,7 @@ def values(method: object) -> torch.Tensor:
     return dequantize_int4_reference(method.weight, torch.float32)
 
 
-@pytest.mark.parametrize("kind", list(_GGUF_FORMS))
+@pytest.mark.parametrize("kind", list(GGUF_FORMS))
 def test_repacked_values_are_the_files(kind: str) -> None:
     blocks, plain = random_blocks(kind, 24, 768)
     store = make_store({"a": kind})
@@ -91,7 +91,7 @@ def test_repacked_values_are_the_files(kind: str) -> None:
         assert torch.equal(got, plain)
     assert store.num_bytes == layer.method.weight.num_bytes  # type: ignore[attr-defined]
     per_weight = 8 * store.num_bytes / plain.numel()
-    assert per_weight == {(4, 32): 5, (8, 32): 9, (8, 16): 10}[_GGUF_FORMS[kind]]
+    assert per_weight == {(4, 32): 5, (8, 32): 9, (8, 16): 10}[GGUF_FORMS[kind]]
 
 
 def layer_shard(rows: int, inputs: int) -> Any:
@@ -153,19 +153,12 @@ def outputs(path: Path, **options: Any) -> tuple[list[list[int]], list[float]]:
     return [list(result.outputs[0].token_ids) for result in results], scores
 
 
-def mixed(name: str) -> str:
-    """As in files that people make: some matrices of a layer with more bits than others."""
-    if "attn_v" in name or ".1.ffn_down" in name:
-        return "Q8_0"
-    return "F16" if "ffn_up" in name and ".0." in name else "Q4_0"
-
-
 @pytest.mark.parametrize("base", ["llama", "llama-tied", "qwen2", "qwen3"])
 @pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "mixed"])
 def test_models_score_as_dequantized_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, quant: str
 ) -> None:
-    path = write_gguf(tiny_model(base), tmp_path / "m.gguf", mixed if quant == "mixed" else quant)
+    path = write_gguf(tiny_model(base), tmp_path / "m.gguf", mixed_types if quant == "mixed" else quant)
     tokens, scores = outputs(path)
     found = gguf_quantization(path)
     assert found is not None
@@ -185,6 +178,13 @@ def test_models_score_as_dequantized_ones(
     assert products > 0
     assert got_tokens == tokens
     assert np.allclose(got_scores, scores, atol=1e-4)
+
+
+def test_dummy_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tiny_model("llama"), tmp_path / "m.gguf", mixed_types)
+    monkeypatch.setattr("kubeinfer.model_config._quantization", lambda *_: gguf_quantization(path))
+    _, scores = outputs(path, load_format="dummy")
+    assert np.isfinite(scores).all()
 
 
 def test_blocks_are_kept_on_gpus_in_16_bits_only(tmp_path: Path) -> None:

@@ -516,12 +516,12 @@ _DOT = Kernel(_dot_kernel)
 
 
 @functools.cache
-def find_config(m: int, n: int, k: int, kind: str, chunk: int = CHUNK, groups: int = 2) -> Config:
+def find_config(m: int, n: int, k: int, kind: str, chunk: int = CHUNK, minimums: bool = False) -> Config:
     """Rows and words of a tile, warps and tiles fetched ahead; ``kind`` is ``plain`` or ``gated`` (two rows an output)."""
     m = 1 << (m - 1).bit_length()
     found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
-    most = 8 if groups <= 2 else 4  # runs a program: words and scales of all are in registers at once
-    if found is not None and most == 8:
+    most = 4 if minimums else 8  # runs a program: words and scales of all are in registers at once
+    if found is not None and not minimums:
         return Config(**found)
     words = triton.cdiv(k, chunk) * 32
     programs = triton.cdiv(n * (2 if kind == "gated" else 1), 2 * most // m)
@@ -564,7 +564,7 @@ def int4_vector_triton(
         x = x.contiguous()
     out = residual if residual is not None else torch.empty(m, n, dtype=x.dtype, device=x.device)
     words, kind = weight.words.shape[1], "gated" if gated else "plain"
-    config = config or find_config(m, n, k, kind, weight.chunk, weight.chunk // weight.group)
+    config = config or find_config(m, n, k, kind, weight.chunk, weight.minimums)
     halves = row_halves(n, k, config.block_k, kind, weight.chunk)
     if config.block_n * (2 if gated else 1) % (2 * halves):
         halves = 1

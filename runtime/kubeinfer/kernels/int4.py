@@ -153,7 +153,7 @@ def dequantize_int4_reference(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
 def dequantize_int4(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """``[n, k]`` in ``dtype``, inputs in the weight's order."""
     if weight.words.is_cuda:
-        from kubeinfer.kernels.triton_int4 import dequantize_int4_triton
+        from kubeinfer.kernels.triton_int4_dot import dequantize_int4_triton
 
         return dequantize_int4_triton(weight, dtype)
     return dequantize_int4_reference(weight, dtype)
@@ -178,7 +178,8 @@ def int4_linear(
         residual: ``[T, n]``, written in place and returned.
     """
     if x.is_cuda and x.shape[0] <= MAX_FUSED_ROWS and x.dtype in (torch.bfloat16, torch.float16):
-        from kubeinfer.kernels.triton_int4 import MAX_VECTOR_ROWS, int4_dot_triton, int4_vector_triton
+        from kubeinfer.kernels.triton_int4 import MAX_VECTOR_ROWS, int4_vector_triton
+        from kubeinfer.kernels.triton_int4_dot import int4_dot_triton
 
         if 0 < x.shape[0] <= MAX_VECTOR_ROWS:
             if weight.order is None:

@@ -145,13 +145,23 @@ def test_only_a_few_aligned_rows_of_16_bits_take_the_gpu_kernel(device: str) -> 
     assert few_rows_config(x, weight.float(), 8, "plain") is None
 
 
-def test_tuned_tiles_give_each_thread_eight_neighbours() -> None:
+def test_tuned_tiles_fit_their_kernels() -> None:
     """What the kernel's sums in registers need: a step of 8 columns for each of 32 lanes of every warp, a power of two."""
     table = json.loads((resources.files(tuned) / "linear.json").read_text())
     assert table
     for key, entry in table.items():
-        assert set(entry) == {"block_n", "block_k", "num_warps", "depth"}, key
-        if entry["block_n"]:
+        if key.startswith("split/"):
+            outputs = int(key.split("/")[1].split("x")[0])
+            assert set(entry) == {"columns"}, key
+            assert 0 < entry["columns"] < outputs, key
+            assert entry["columns"] % 8 == 0, key  # an aligned start for what is computed apart
+        elif entry["block_n"] and "split_k" in entry:
+            assert set(entry) == {"block_n", "block_k", "num_warps", "stages", "split_k"}, key
+            assert all(
+                value.bit_count() == 1 for value in (entry["block_n"], entry["block_k"], entry["num_warps"])
+            ), key
+        elif entry["block_n"]:
+            assert set(entry) == {"block_n", "block_k", "num_warps", "depth"}, key
             assert entry["block_k"] == 256 * entry["num_warps"], key
             assert entry["block_n"].bit_count() == entry["num_warps"].bit_count() == 1, key
             assert entry["depth"] >= 1, key

@@ -35,6 +35,10 @@ _BITS = {
     0: 32.0, 1: 16.0, 2: 4.5, 3: 5.0, 7: 8.5, 8: 5.5, 9: 6.0, 10: 2.96, 11: 3.44, 12: 3.89, 13: 4.25, 14: 4.58,
     15: 4.85, 16: 5.54, 17: 5.69, 18: 6.56, 32: 16.0,
 }  # fmt: skip
+# And in a GPU's memory, where the layers' matrices stay quantized. Those not listed are dequantized.
+_KEPT_BITS = {2: 5.0, 3: 5.0, 7: 9.0, 8: 9.0, 9: 9.0, 14: 5.5, 15: 6.5} | dict.fromkeys(
+    (10, 11, 12, 13, 16, 17, 18), 10.0
+)
 
 
 class _Truncated(Exception):
@@ -106,6 +110,8 @@ def _as_config(found: dict[str, Any]) -> dict[str, Any] | None:
         "head_dim": found.get(f"{name}.attention.key_length"),
         "max_position_embeddings": found.get(f"{name}.context_length"),
         "torch_dtype": "bfloat16",
+        "intermediate_size": found.get(f"{name}.feed_forward_length"),
+        "gguf_kept_bits": _KEPT_BITS.get(found.get("general.file_type", -1)),
         "gguf_bits": _BITS.get(found.get("general.file_type", -1), 4.5),
     }
     return {key: value for key, value in config.items() if value is not None}

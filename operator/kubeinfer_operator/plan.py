@@ -98,6 +98,35 @@ def kv_bytes_per_token(config: Mapping[str, Any], kv_dtype: str, dtype: str) -> 
     return 2 * layers * kv_heads * head_dim * width
 
 
+def _gguf_bytes(config: Mapping[str, Any], stored: int, used: str, spec: InferenceModelSpec) -> int:
+    """Bytes that a GGUF file of ``stored`` takes in memory: on GPUs the layers' blocks stay quantized, all else is taken apart."""
+    number = stored * 8 / float(config["gguf_bits"])
+    width = _BYTES.get(used, 2)
+    kept, in_layers = config.get("gguf_kept_bits"), _layer_weights(config)
+    quantization = getattr(spec.engine, "quantization", None) or "gguf"
+    if (
+        spec.resources.device != "gpu"
+        or width > 2
+        or quantization != "gguf"
+        or kept is None
+        or in_layers is None
+    ):
+        return int(number * width)
+    in_layers = min(in_layers, int(number))
+    return int(in_layers * float(kept) / 8 + (number - in_layers) * width)
+
+
+def _layer_weights(config: Mapping[str, Any]) -> int | None:
+    """Weights in the matrices of a model of Llama's shape without its embedding and head; None where that is not known."""
+    layers, hidden = _positive(config, "num_hidden_layers"), _positive(config, "hidden_size")
+    heads, inner = _positive(config, "num_attention_heads"), _positive(config, "intermediate_size")
+    if layers is None or hidden is None or heads is None or inner is None:
+        return None
+    kv_heads = _positive(config, "num_key_value_heads") or heads
+    head_dim = _positive(config, "head_dim") or hidden // heads
+    return layers * hidden * (2 * (heads + kv_heads) * head_dim + 3 * inner)
+
+
 def _dtypes(config: Mapping[str, Any], spec: InferenceModelSpec) -> tuple[str, str]:
     """Number formats of the checkpoint and of the engine; ``auto`` turns float32 into bfloat16."""
     stored = str(
@@ -148,8 +177,7 @@ def plan(spec: InferenceModelSpec, hub: Hub, *, labelled_memory: int | None = No
     stored, used = _dtypes(config, spec)
     weights = hub.weight_bytes
     if "gguf_bits" in config:
-        # Blocks of a GGUF file are taken apart when they are loaded.
-        weights = int(weights * 8 * _BYTES.get(used, 2) / float(config["gguf_bits"]))
+        weights = _gguf_bytes(config, weights, used, spec)
     elif not config.get("quantization_config") and not all(
         _is_gguf(path) for path in hub.sizes if _is_weights(path)
     ):

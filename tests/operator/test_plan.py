@@ -135,6 +135,7 @@ def test_gguf_header() -> None:
         ("general.file_type", 4, struct.pack("<I", 7)),
         ("llama.block_count", 4, struct.pack("<I", 30)),
         ("llama.embedding_length", 4, struct.pack("<I", 576)),
+        ("llama.feed_forward_length", 4, struct.pack("<I", 1536)),
         ("llama.attention.head_count", 4, struct.pack("<I", 9)),
         ("llama.attention.head_count_kv", 4, struct.pack("<I", 3)),
         ("llama.context_length", 4, struct.pack("<I", 2048)),
@@ -150,6 +151,14 @@ def test_gguf_header() -> None:
     found = plan(spec(resources={"device": "cpu"}), Hub(COMMIT, {"m.gguf": 85 << 20}, whole))
     assert "LlamaForCausalLM" in found.line
     assert "160.0 MiB of weights" in found.line
+    # On a GPU 106 million weights of the layers keep 9 bits, and the others 16.
+    found = plan(spec(), Hub(COMMIT, {"m.gguf": 136 << 20}, whole))
+    layers = 30 * 576 * (2 * 12 * 64 + 3 * 1536)
+    expected = (layers * 9 / 8 + ((136 << 20) * 8 / 8.5 - layers) * 2) / 2**20
+    assert f"{expected:.1f} MiB of weights" in found.line
+    for engine in ({"dtype": "float32"}, {"quantization": "fp8"}):
+        wide = plan(spec(engine=engine), Hub(COMMIT, {"m.gguf": 136 << 20}, whole))
+        assert f"{256.0 * (2 if 'dtype' in engine else 1):.1f} MiB of weights" in wide.line
     assert read_header(b"not a model") is None
     assert read_header(b"GGUF") is None
     assert read_header(data[:30]) is None

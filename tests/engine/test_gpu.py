@@ -348,12 +348,19 @@ def test_quantized_weights_score_as_dequantized_ones(scheme: str, tmp_path: Path
     check_scores(plain, quantized, bound, settings)
 
 
-@pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "mixed"])
-def test_gguf_blocks_score_as_dequantized_ones(quant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("quant", "size"),
+    [("Q4_0", 1), ("Q4_1", 1), ("Q5_0", 1), ("Q5_1", 1), ("Q8_0", 1), ("mixed", 1), ("mixed", 2)],
+)
+def test_gguf_blocks_score_as_dequantized_ones(quant: str, size: int, tmp_path: Path) -> None:
     """The same file on both: on the GPU its blocks stay quantized."""
+    import torch
+
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
     pytest.importorskip("gguf")
     path = write_gguf(tiny_model("qwen2"), tmp_path / "m.gguf", mixed_types if quant == "mixed" else quant)
-    settings = {"dtype": "bfloat16", "max_num_seqs": 8}
+    settings: dict[str, Any] = {"dtype": "bfloat16", "max_num_seqs": 8, "tensor_parallel_size": size}
     kept = load_model_config(EngineOptions(model=str(path), device="cuda", **settings)).quantization
     assert kept is not None
     assert kept.name == "gguf"

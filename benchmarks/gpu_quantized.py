@@ -48,6 +48,22 @@ def int4_weights(product: Product, count: int) -> list[Int4Weight]:
     ]  # fmt: skip
 
 
+def gguf_weights(product: Product, bits: int, count: int) -> list[Int4Weight]:
+    """As GGUF's types of 4 bits and of 6: a scale and a minimum for 32 inputs, or for 16."""
+    group = 32 if bits == 4 else 16
+    padded = -(-product.k // (1024 // bits)) * (1024 // bits)
+    pair = torch.tensor([0.004, -0.03] if bits == 4 else [0.0003, 0.0]).half()
+    meta = pair.view(torch.int32).cuda().expand(product.rows, padded // group).contiguous()
+    shape = (product.rows, padded * bits // 32)
+    return [
+        Int4Weight(
+            torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda"),
+            meta, product.rows, product.k, group, None, True, bits,
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+
+
 def fp8_weights(product: Product, count: int) -> list[tuple[Tensor, Tensor]]:
     scale = torch.full((product.rows,), 3e-4, device="cuda")
     return [
@@ -105,7 +121,8 @@ class Inputs:
 
 
 def report(tokens: list[int]) -> None:
-    print(f"{'product':14} {'m':>5} {'bf16':>9} {'fp8':>9} {'int4':>9} us; int4 TB/s")
+    names = ("bf16", "fp8", "int4", "gguf 4", "gguf 8")
+    print(f"{'product':14} {'m':>5} " + " ".join(f"{name:>9}" for name in names) + " us; int4, gguf TB/s")
     sums: dict[int, list[float]] = {}
     for product in layer_products():
         size = product.rows * product.k
@@ -114,21 +131,27 @@ def report(tokens: list[int]) -> None:
             for _ in range(turns(2 * size))
         ]
         eighth, fourth = fp8_weights(product, turns(size)), int4_weights(product, turns(size // 2))
+        blocks4 = gguf_weights(product, 4, turns(size // 2))
+        blocks8 = gguf_weights(product, 8, turns(size))
         for m in tokens:
             given = Inputs(product, m)
             times = [
                 microseconds(given.dense, half),
                 microseconds(given.fp8, eighth),
                 microseconds(given.int4, fourth),
+                microseconds(given.int4, blocks4),
+                microseconds(given.int4, blocks8),
             ]
-            total = sums.setdefault(m, [0.0, 0.0, 0.0])
+            total = sums.setdefault(m, [0.0] * len(times))
             for i, t in enumerate(times):
                 total[i] += t
-            rate = size / 2 * (1 + 8 / _GROUP) / times[2] / 1e6
+            bits = (4 + 32 / _GROUP, 5, 10)
+            rates = [size * b / 8 / t / 1e6 for b, t in zip(bits, times[2:])]
             print(
-                f"{product.name:14} {m:5} {times[0]:9.2f} {times[1]:9.2f} {times[2]:9.2f} {rate:7.2f}",
+                f"{product.name:14} {m:5} " + " ".join(f"{t:9.2f}" for t in times)
+                + " " + " ".join(f"{rate:6.2f}" for rate in rates),
                 flush=True,
-            )
+            )  # fmt: skip
     for m, total in sums.items():
         print(f"{'layer':14} {m:5} " + " ".join(f"{t:9.2f}" for t in total))
 

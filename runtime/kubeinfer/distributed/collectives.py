@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zlib
 from datetime import timedelta
 from typing import Any
 
@@ -42,6 +43,10 @@ class TorchGroup:
         self.size = size
         self.device = device
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        # torch numbers groups from 0 in every engine, and keeps what it knows of a group's peer memory under that name when
+        # the group is gone: a later engine of this process would wait for the ranks of the one before.
+        world: Any = dist.distributed_c10d._world
+        world.group_count = zlib.crc32(init_method.encode())
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,

@@ -20,6 +20,7 @@ from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.model_runner import ModelRunner
 
 _MOST_PROFILED_TOKENS = 65536
+_WARM_TOKENS = (96, 160, 224, 288, 352, 448, 576, 704, 896, 1152, 1408, 1792, 2048, 3072, 4096)
 
 
 def processes(group: Group, stage: Stage) -> int:
@@ -150,6 +151,12 @@ def warm_up(runner: ModelRunner, max_tokens: int) -> None:
                 step.wanted = torch.arange(count, dtype=torch.int32, device=runner.device)
             _forward(runner.model, ids, step, runner.stage, count)
         count *= 2
+    # cuBLAS chooses a kernel by the number of tokens, and loads it when it is first called: not while a request waits.
+    for tokens in (n for n in _WARM_TOKENS if n <= max_tokens):
+        ids, step = dummy_step(runner.kv_caches, runner.block_size, 1, [tokens - 1], runner.workspace)
+        if runner.stage.last:
+            step.wanted = torch.tensor([0, tokens - 1], dtype=torch.int32, device=runner.device)
+        _forward(runner.model, ids, step, runner.stage, 2)
     if not runner.stage.last:
         torch.cuda.synchronize(runner.device)
         return

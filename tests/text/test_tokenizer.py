@@ -15,8 +15,8 @@ from fixtures.smollm2 import needs_smollm2
 from fixtures.tiny_models import save_tokenizer, smollm2_gguf
 from kubeinfer.errors import ModelLoadError, OptionError
 from kubeinfer.options import EngineOptions
-from kubeinfer.text.gguf_metadata import read_gguf_metadata
 from kubeinfer.text.tokenizer import check_vocabulary, from_folder, from_gguf, load_tokenizer
+from kubeinfer.weights.readers import read_gguf
 from text.small_tokenizers import byte_level, sentencepiece_like, slow
 
 TEXTS = [
@@ -235,7 +235,7 @@ def test_metadata_equals_the_gguf_package_s() -> None:
     import gguf
 
     path = existing_gguf()
-    ours = read_gguf_metadata(path)
+    ours = read_gguf(Path(path)).metadata
     reader = gguf.GGUFReader(path)
     for key, value in ours.items():
         if key not in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):  # seconds each in the package

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from kubeinfer.errors import ModelLoadError
-from kubeinfer.text.gguf_metadata import read_gguf_metadata
+from kubeinfer.weights.readers import read_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class GgufTokenizer:
 
 def load_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
     """Read ``path``. Raises :class:`ModelLoadError` where it holds no tokenizer, or one of an unknown kind."""
-    meta = read_gguf_metadata(path)
+    meta = read_gguf(Path(path)).metadata
     tokens = meta.get("tokenizer.ggml.tokens")
     kind = meta.get("tokenizer.ggml.model")
     if not tokens or kind is None:

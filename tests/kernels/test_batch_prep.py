@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kubeinfer.kernels.batch_prep import StepInputs, prepare_decode, prepare_mixed, step_inputs, store_sampled
+from kubeinfer.kernels.batch_prep import StepInputs, prepare_decode, step_inputs, store_sampled
 
 ROWS, MAX_BLOCKS = 11, 300
 
@@ -45,39 +45,6 @@ def test_decode(device: str, block_size: int) -> None:
             assert not out.block_table[i].any()
     assert (out.seq_lens[len(rows) :] == -99).all()
     assert (out.input_ids[len(rows) :] == -99).all()
-
-
-def test_mixed(device: str) -> None:
-    block_size = 16
-    last, blocks, computed = tables(block_size, device)
-    rows, lengths, from_table = [4, 9, 1, 2], [1, 1, 530, 3], [True, False, False, False]
-    out = poisoned(600, 5, device)
-    start = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
-    prepare_mixed(
-        torch.tensor(rows, dtype=torch.int32, device=device),
-        start,
-        torch.tensor(from_table, device=device),
-        last,
-        blocks,
-        computed,
-        block_size,
-        max(lengths),
-        out,
-    )
-    at = 0
-    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        position = int(computed[row]) + torch.arange(length)
-        block = blocks[row].cpu()[position // block_size]
-        assert torch.equal(out.positions[at : at + length].cpu(), position)
-        assert torch.equal(
-            out.slot_mapping[at : at + length].cpu(), (block * block_size + position % block_size).int()
-        )
-        assert int(out.seq_lens[i]) == int(computed[row]) + length
-        assert torch.equal(out.block_table[i], blocks[row])
-        at += length
-    assert int(out.input_ids[0]) == int(last[4])
-    assert (out.input_ids[1:] == -99).all()
-    assert (out.positions[at:] == -99).all()
 
 
 @pytest.mark.parametrize("size", [1, 5, 300])

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 @triton.jit(do_not_specialize=["max_blocks", "stride_from", "stride_to"])
 def _prepare_kernel(
     row_index_ptr,
-    query_start_ptr,
-    from_table_ptr,
     last_tokens_ptr,
     block_tables_ptr,
     computed_ptr,
@@ -33,45 +31,23 @@ def _prepare_kernel(
     stride_to,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    DECODE: tl.constexpr,
 ):
-    """Program (i, 0) copies sequence i's block table; the others write a stretch of its tokens each."""
+    """Program i is for sequence i: its token and place, and a copy of its block table."""
     i = tl.program_id(0)
-    part = tl.program_id(1)
     row = tl.load(row_index_ptr + i).to(tl.int64)
     live = row >= 0
     start = tl.load(computed_ptr + row, mask=live, other=0)
     source = block_tables_ptr + row * stride_from
     lanes = tl.arange(0, BLOCK)
-    if DECODE:
-        first = i
-        length = 1
-    else:
-        first = tl.load(query_start_ptr + i)
-        length = tl.load(query_start_ptr + i + 1) - first
-    if part == 0:
-        seq_len = tl.where(live, start + length, 0)
-        tl.store(seq_lens_ptr + i, seq_len)
-        for begin in range(0, max_blocks, BLOCK):
-            at = begin + lanes
-            blocks = tl.load(source + at, mask=live & (at < max_blocks), other=0)
-            tl.store(block_table_ptr + i.to(tl.int64) * stride_to + at, blocks, mask=at < max_blocks)
-        if DECODE:
-            token = tl.load(last_tokens_ptr + row, mask=live, other=0)
-            page = tl.load(source + start // BLOCK_SIZE, mask=live, other=0)
-            slot = tl.where(live, page * BLOCK_SIZE + start % BLOCK_SIZE, -1)
-            tl.store(input_ids_ptr + i, token)
-            tl.store(positions_ptr + i, start.to(tl.int64))
-            tl.store(slots_ptr + i, slot)
-        elif tl.load(from_table_ptr + i) != 0:
-            tl.store(input_ids_ptr + first, tl.load(last_tokens_ptr + row))
-    else:
-        offset = (part - 1) * BLOCK + lanes
-        inside = offset < length
-        position = start + offset
-        block = tl.load(source + position // BLOCK_SIZE, mask=inside, other=0)
-        tl.store(positions_ptr + first + offset, position.to(tl.int64), mask=inside)
-        tl.store(slots_ptr + first + offset, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=inside)
+    tl.store(seq_lens_ptr + i, tl.where(live, start + 1, 0))
+    for begin in range(0, max_blocks, BLOCK):
+        at = begin + lanes
+        blocks = tl.load(source + at, mask=live & (at < max_blocks), other=0)
+        tl.store(block_table_ptr + i.to(tl.int64) * stride_to + at, blocks, mask=at < max_blocks)
+    page = tl.load(source + start // BLOCK_SIZE, mask=live, other=0)
+    tl.store(input_ids_ptr + i, tl.load(last_tokens_ptr + row, mask=live, other=0))
+    tl.store(positions_ptr + i, start.to(tl.int64))
+    tl.store(slots_ptr + i, tl.where(live, page * BLOCK_SIZE + start % BLOCK_SIZE, -1))
 
 
 @triton.jit(do_not_specialize=["size", "advance"])
@@ -109,35 +85,11 @@ def prepare_decode_triton(
     _PREPARE.launch(
         (row_index.shape[0], 1, 1),
         (
-            row_index, row_index, row_index, last_tokens, block_tables, computed, out.input_ids, out.positions,
+            row_index, last_tokens, block_tables, computed, out.input_ids, out.positions,
             out.slot_mapping, out.seq_lens, out.block_table, block_tables.shape[1], block_tables.stride(0),
             out.block_table.stride(0),
         ),
-        (block_size, 256, True),
-        2,
-    )  # fmt: skip
-
-
-def prepare_mixed_triton(
-    row_index: Tensor,
-    query_start: Tensor,
-    from_table: Tensor,
-    last_tokens: Tensor,
-    block_tables: Tensor,
-    computed: Tensor,
-    block_size: int,
-    max_query_len: int,
-    out: StepInputs,
-) -> None:
-    """`kubeinfer.kernels.batch_prep.prepare_mixed` on CUDA tensors."""
-    _PREPARE.launch(
-        (row_index.shape[0], 1 + triton.cdiv(max_query_len, 256), 1),
-        (
-            row_index, query_start, from_table, last_tokens, block_tables, computed, out.input_ids, out.positions,
-            out.slot_mapping, out.seq_lens, out.block_table, block_tables.shape[1], block_tables.stride(0),
-            out.block_table.stride(0),
-        ),
-        (block_size, 256, False),
+        (block_size, 256),
         2,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,8 +153,9 @@ def compile_ahead(
             "%d of the processes that compile kernels ahead failed: the first start takes longer", failed
         )
     else:
-        done.parent.mkdir(parents=True, exist_ok=True)
-        done.touch()
+        with suppress(OSError):  # a cache that cannot be written to serves nobody later either
+            done.parent.mkdir(parents=True, exist_ok=True)
+            done.touch()
     return len(launches)
 
 

@@ -15,7 +15,7 @@ from kubeinfer.layers.attention import StepContext, each_token_alone
 from kubeinfer.layers.parallel import Group, Stage
 from kubeinfer.options import EngineOptions
 from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
-from kubeinfer.worker.memory import usable_cpus
+from kubeinfer.worker.memory import free_host_bytes, usable_cpus
 from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.model_runner import ModelRunner
 
@@ -24,8 +24,9 @@ _WARM_TOKENS = (96, 160, 224, 288, 352, 448, 576, 704, 896, 1152, 1408, 1792, 20
 
 
 def processes(group: Group, stage: Stage) -> int:
-    """That compile kernels: this rank's share of the processors."""
-    return min(16, usable_cpus() // (group.size * stage.count))
+    """That compile kernels: this rank's share of the processors, and of the memory, of which each may take a GiB."""
+    ranks = group.size * stage.count
+    return min(16, usable_cpus() // ranks, free_host_bytes() // (2**30 * ranks))
 
 
 def dummy_step(

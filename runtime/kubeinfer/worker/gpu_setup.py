@@ -20,6 +20,7 @@ from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.model_runner import ModelRunner
 
 _MOST_PROFILED_TOKENS = 65536
+_LONG_CHUNK = 1024
 _WARM_TOKENS = (96, 160, 224, 288, 352, 448, 576, 704, 896, 1152, 1408, 1792, 2048, 3072, 4096)
 
 
@@ -55,6 +56,7 @@ def dummy_step(
         num_decodes=num_decodes,
         kv_caches=kv_caches,
         workspace=workspace,
+        prefill_kv_tokens=sum(chunks),
     )
     return torch.zeros(tokens, dtype=torch.int32, device=device), step
 
@@ -143,21 +145,23 @@ def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int, ke
 
 def warm_up(runner: ModelRunner, max_tokens: int) -> None:
     """Run one eager step of each kind, so that no request waits for a kernel to be compiled or loaded."""
+    steps: list[tuple[int, list[int]]] = []  # decodes and chunks
     count = 1
     while count <= min(runner.tables.spare_row, 1024):
-        chunks = [min(17, max(2, (max_tokens - count) // count))] * count
-        if count + sum(chunks) <= max_tokens:
-            ids, step = dummy_step(runner.kv_caches, runner.block_size, count, chunks, runner.workspace)
-            if runner.stage.last:
-                step.wanted = torch.arange(count, dtype=torch.int32, device=runner.device)
-            _forward(runner.model, ids, step, runner.stage, count)
+        steps.append((count, [min(17, max(2, (max_tokens - count) // count))] * count))
+        # Prompts of some length are gathered first, by a kernel that is compiled for each power of two of their number.
+        steps.append((1, [_LONG_CHUNK, *[2] * (count - 1)]))
         count *= 2
     # cuBLAS chooses a kernel by the number of tokens, and loads it when it is first called: not while a request waits.
-    for tokens in (n for n in _WARM_TOKENS if n <= max_tokens):
-        ids, step = dummy_step(runner.kv_caches, runner.block_size, 1, [tokens - 1], runner.workspace)
+    steps += [(1, [tokens - 1]) for tokens in _WARM_TOKENS]
+    for decodes, chunks in steps:
+        if decodes + sum(chunks) > max_tokens:
+            continue
+        ids, step = dummy_step(runner.kv_caches, runner.block_size, decodes, chunks, runner.workspace)
+        wanted = min(decodes + len(chunks), runner.tables.spare_row)
         if runner.stage.last:
-            step.wanted = torch.tensor([0, tokens - 1], dtype=torch.int32, device=runner.device)
-        _forward(runner.model, ids, step, runner.stage, 2)
+            step.wanted = torch.arange(wanted, dtype=torch.int32, device=runner.device)
+        _forward(runner.model, ids, step, runner.stage, wanted)
     if not runner.stage.last:
         torch.cuda.synchronize(runner.device)
         return

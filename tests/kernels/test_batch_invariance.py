@@ -119,7 +119,7 @@ def test_attention(
     if is_cuda:
         from kubeinfer.kernels import triton_attention
 
-        monkeypatch.setattr(triton_attention, "_FIXED_ROWS", 16)
+        monkeypatch.setattr(triton_attention, "FIXED_ROWS", 16)
     torch.manual_seed(2)
     hq, hk, dim, size, count = *heads, 64, 16, 37
     lengths = torch.randint(1, 200, (count,), dtype=torch.int32)

@@ -35,7 +35,7 @@ def decode_workspace(
     """Scratch memory for up to ``max_seqs`` decode rows; ``None`` where the device's kernel needs none."""
     if torch.device(device).type != "cuda":
         return None
-    from kubeinfer.kernels.triton_attention import workspace_rows
+    from kubeinfer.kernels.triton_decode_attention import workspace_rows
 
     rows = workspace_rows(max_seqs, num_heads, num_kv_heads)
     return DecodeWorkspace(

@@ -1,0 +1,276 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Triton kernels of `kubeinfer.kernels.attention` for rows of one query token.
+
+One program a (sequence, KV head, split). The grid depends on the number of rows only, so a CUDA graph replays it for any
+context: each program divides its sequence's tiles by the fixed number of splits on the device. A second kernel merges the
+splits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kubeinfer.kernels import tuned
+from kubeinfer.kernels.batch_invariance import batch_invariant
+from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+
+if TYPE_CHECKING:
+    from kubeinfer.kernels.attention import DecodeWorkspace
+
+_MAX_SPLITS = 64
+# Programs the decode grid aims at: about what 132 multiprocessors hold at once.
+_DECODE_PROGRAMS = 528
+# Under batch invariance: splits of any row, and rows of a launch (which bounds the scratch memory).
+_FIXED_SPLITS = 16
+FIXED_ROWS = 512
+
+
+@triton.jit
+def capped(x, SOFT_CAP: tl.constexpr):
+    # In units of log2: x = logits * log2(e). tanh through exp2, saturating on both sides.
+    LOG2E: tl.constexpr = 1.4426950408889634
+    z = x * (2.0 / SOFT_CAP)
+    e = tl.exp2(tl.minimum(tl.maximum(z, -60.0), 60.0))
+    return (SOFT_CAP * LOG2E) * (1.0 - 2.0 / (e + 1.0))
+
+
+@triton.jit(do_not_specialize=["num_blocks", "stride_table"])
+def _decode_kernel(
+    q_ptr,
+    kv_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    num_blocks,
+    stride_table,
+    qk_scale,
+    v_scale,
+    STRIDE_Q: tl.constexpr,
+    STRIDE_OUT: tl.constexpr,
+    HK: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    seq = tl.program_id(2)
+    # Before the wait: contexts are written at the step's start, many kernels before this one.
+    seq_len = tl.load(seq_lens_ptr + seq)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
+    tiles = tl.cdiv(seq_len - first, BLOCK_N)
+    tiles_per_split = tl.cdiv(tiles, SPLITS)
+    begin = first + split * tiles_per_split * BLOCK_N
+    end = tl.minimum(seq_len, begin + tiles_per_split * BLOCK_N)
+    if SPLITS > 1 and begin >= end:
+        return
+
+    rows = tl.arange(0, GROUP_PAD)
+    dims = tl.arange(0, D_PAD)
+    q_mask = (rows < GROUP)[:, None] & (dims < D)[None, :]
+    q_offsets = (head * GROUP + rows)[:, None] * D + dims[None, :]
+    q = tl.load(q_ptr + seq.to(tl.int64) * STRIDE_Q + q_offsets, mask=q_mask, other=0.0)
+
+    m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
+    table = block_table_ptr + seq.to(tl.int64) * stride_table
+    k_ptr = kv_ptr + head * (BLOCK_SIZE * D)
+    v_ptr = k_ptr + num_blocks.to(tl.int64) * (HK * BLOCK_SIZE * D)
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        inside = keys < end
+        page = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        offsets = (page * (HK * BLOCK_SIZE * D) + (keys % BLOCK_SIZE) * D)[:, None] + dims[None, :]
+        mask = inside[:, None]
+        if D != D_PAD:
+            mask = mask & (dims < D)[None, :]
+        k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
+        v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * qk_scale
+        if SOFT_CAP > 0:
+            s = capped(s, SOFT_CAP)
+        if WINDOW > 0:
+            inside = inside & (keys >= seq_len - WINDOW)
+        s = tl.where(inside[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        if WINDOW > 0:
+            # The first tile of a window may hold no visible key at all.
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        else:
+            shift = m_new
+        p = tl.exp2(s - shift[:, None])
+        alpha = tl.exp2(m - shift)
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
+
+    if SPLITS == 1:
+        out_offsets = seq.to(tl.int64) * STRIDE_OUT + q_offsets
+        tl.store(out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
+    else:
+        row = ((seq * HK + head) * GROUP + rows) * SPLITS + split
+        tl.store(partial_ptr + row[:, None] * D + dims[None, :], acc, mask=q_mask)
+        tl.store(lse_ptr + row, m + tl.log2(total), mask=rows < GROUP)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,
+    lse_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    STRIDE_OUT: tl.constexpr,
+    HQ: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    head = tl.program_id(0)
+    seq = tl.program_id(1)
+    # Before the wait: contexts are written at the step's start, many kernels before this one.
+    seq_len = tl.load(seq_lens_ptr + seq)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
+    tiles = tl.cdiv(seq_len - first, BLOCK_N)
+    used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, SPLITS), 1))
+    splits = tl.arange(0, SPLITS_PAD)
+    dims = tl.arange(0, D_PAD)
+    row = (seq * HQ + head) * SPLITS + splits
+    lse = tl.load(lse_ptr + row, mask=splits < used, other=float("-inf"))
+    largest = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
+    mask = (splits < used)[:, None] & (dims < D)[None, :]
+    part = tl.load(partial_ptr + row[:, None] * D + dims[None, :], mask=mask, other=0.0)
+    total = tl.sum(weight, 0)
+    result = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    out_offsets = seq.to(tl.int64) * STRIDE_OUT + head * D + dims
+    tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=dims < D)
+
+
+_DECODE = Kernel(_decode_kernel)
+_MERGE = Kernel(_merge_kernel)
+
+
+def num_splits(num_seqs: int, num_kv_heads: int) -> int:
+    """Splits of each decode row; a power of two that depends on the (padded) batch only."""
+    if batch_invariant():
+        return _FIXED_SPLITS
+    wanted = max(1, _DECODE_PROGRAMS // max(1, num_seqs * num_kv_heads))
+    return int(min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1)))
+
+
+def workspace_rows(max_seqs: int, num_heads: int, num_kv_heads: int) -> int:
+    """Partial outputs the largest grid of up to ``max_seqs`` rows writes."""
+    if batch_invariant():
+        return FIXED_ROWS * num_heads * _FIXED_SPLITS
+    return max(n * num_heads * num_splits(n, num_kv_heads) for n in range(1, max(1, max_seqs) + 1))
+
+
+@functools.cache
+def _decode_config(head_dim: int, splits: int, wide: bool, fp8: bool) -> tuple[int, int, int]:
+    """``BLOCK_N``, warps and pipeline stages of the decode kernel."""
+    if wide:  # fp32: for tests and exactness, not for speed
+        return 32, 4, 2
+    kind = "fp8" if fp8 else "16bit"
+    cut = "whole" if splits == 1 else "few" if splits < 16 else "many"
+    found = tuned.lookup("attention", f"decode/d{head_dim}/{kind}/{cut}")
+    if found is not None:
+        return found["block_n"], found["num_warps"], found["num_stages"]
+    return (64, 4, 3) if head_dim <= 128 else (32, 4, 3)
+
+
+def decode_attention_triton(
+    q: Tensor,
+    kv_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    qk_scale: float,
+    sliding_window: int,
+    soft_cap: float,
+    num_decodes: int,
+    workspace: DecodeWorkspace | None,
+    v_scale: float,
+) -> None:
+    """Attention of the first ``num_decodes`` sequences, one query token each; ``qk_scale`` is for powers of two."""
+    _, num_heads, head_dim = q.shape
+    _, num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    group = num_heads // num_kv_heads
+    head_dim_pad = triton.next_power_of_2(head_dim)
+    wide = q.dtype == torch.float32
+    fp8 = kv_cache.dtype == torch.float8_e4m3fn
+    precision = "ieee" if wide else "tf32"
+    stride_q, stride_out, stride_table = q.stride(0), out.stride(0), block_table.stride(0)
+    pdl = overlaps_launches()
+    splits = num_splits(num_decodes, num_kv_heads)
+    block_n, num_warps, num_stages = _decode_config(head_dim, splits, wide, fp8)
+    partial, lse = out, out
+    if workspace is not None:
+        partial, lse = workspace.partial, workspace.lse
+    elif splits > 1:
+        rows = num_decodes * num_heads * splits
+        partial = torch.empty(rows, head_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+    _DECODE.launch(
+        (num_kv_heads, splits, num_decodes),
+        (
+            q, kv_cache, block_table, seq_lens, out, partial, lse, num_blocks, stride_table, qk_scale, v_scale,
+        ),
+        (
+            stride_q, stride_out, num_kv_heads, group, max(16, triton.next_power_of_2(group)), head_dim,
+            head_dim_pad, block_size, block_n, splits, sliding_window, soft_cap, precision, pdl,
+        ),
+        num_warps,
+        num_stages,
+        pdl,
+    )  # fmt: skip
+    if splits > 1:
+        _MERGE.launch(
+            (num_heads, num_decodes, 1),
+            (partial, lse, seq_lens, out),
+            (
+                stride_out,
+                num_heads,
+                head_dim,
+                head_dim_pad,
+                block_n,
+                splits,
+                max(2, splits),
+                sliding_window,
+                pdl,
+            ),
+            4 if splits > 16 else 1,
+            pdl=pdl,
+        )

@@ -52,7 +52,7 @@ def apply_penalties(
         ``logits``.
     """
     if logits.is_cuda:
-        from kubeinfer.kernels.triton_sampling import apply_penalties_triton
+        from kubeinfer.kernels.triton_logits import apply_penalties_triton
 
         return apply_penalties_triton(
             logits, prompt_mask, output_counts, row_index, presence, frequency, repetition
@@ -282,7 +282,7 @@ def logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor,
         log-probabilities fp32 ``[B, k]``, descending; their ids int64 ``[B, k]``.
     """
     if logits.is_cuda:
-        from kubeinfer.kernels.triton_sampling import logprobs_triton
+        from kubeinfer.kernels.triton_logits import logprobs_triton
 
         return logprobs_triton(logits, token_ids, k)
     return logprobs_reference(logits, token_ids, k)

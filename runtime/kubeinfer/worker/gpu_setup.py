@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kubeinfer.kernels import sampling
+from kubeinfer.engine.plan import NewRow, StepPlan
 from kubeinfer.kernels.attention import decode_workspace
 from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.compile_ahead import compile_ahead
 from kubeinfer.layers.attention import StepContext, each_token_alone
 from kubeinfer.layers.parallel import Group, Stage
 from kubeinfer.options import EngineOptions
+from kubeinfer.sampling_params import SamplingParams
 from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
 from kubeinfer.worker.memory import free_host_bytes, usable_cpus
 from kubeinfer.worker.mixed_graph import MixedGraphs
@@ -133,7 +135,7 @@ def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int, ke
         for captured in (graphs, mixed):
             if captured is not None:
                 captured.run()
-        warm_up(runner, max_tokens)
+        warm_up(runner, max_tokens, noted=True)
 
     compile_ahead(steps, f"steps {key}", processes(group, runner.stage), group.smallest)
     pool = graphs.capture() if graphs is not None else None
@@ -143,8 +145,11 @@ def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int, ke
     warm_up(runner, max_tokens)
 
 
-def warm_up(runner: ModelRunner, max_tokens: int) -> None:
-    """Run one eager step of each kind, so that no request waits for a kernel to be compiled or loaded."""
+def warm_up(runner: ModelRunner, max_tokens: int, noted: bool = False) -> None:
+    """Run one eager step of each kind, so that no request waits for a kernel to be compiled or loaded.
+
+    ``noted``: kernels are noted and not launched.
+    """
     steps: list[tuple[int, list[int]]] = []  # decodes and chunks
     count = 1
     while count <= min(runner.tables.spare_row, 1024):
@@ -162,15 +167,25 @@ def warm_up(runner: ModelRunner, max_tokens: int) -> None:
         if runner.stage.last:
             step.wanted = torch.arange(wanted, dtype=torch.int32, device=runner.device)
         _forward(runner.model, ids, step, runner.stage, wanted)
-    if not runner.stage.last:
-        torch.cuda.synchronize(runner.device)
-        return
-    logits = torch.zeros(2, runner.model.config.vocab_size, dtype=runner.dtype, device=runner.device)
-    ones = torch.ones(2, dtype=torch.float32, device=runner.device)
-    longs = torch.ones(2, dtype=torch.int64, device=runner.device)
-    for top_k, top_p, min_p in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 1)):
-        sampling.sample(
-            logits, ones, longs.int() * 20, ones * 0.9, ones * 0.1, longs, longs,
-            any_sampled=True, any_top_k=bool(top_k), any_top_p=bool(top_p), any_min_p=bool(min_p),
-        )  # fmt: skip
+    if runner.stage.last:
+        _warm_up_sampling(runner, noted)
     torch.cuda.synchronize(runner.device)
+
+
+def _warm_up_sampling(runner: ModelRunner, noted: bool) -> None:
+    """Sample once in each way that has kernels of its own, by the sampler's own path."""
+    sampler, row = runner.sampler, np.zeros(1, np.int32)
+    logits = torch.zeros(1, runner.model.config.vocab_size, dtype=runner.dtype, device=runner.device)
+    ways: list[dict[str, Any]] = [{}, {"top_k": 20}, {"top_p": 0.9}, {"top_k": 20, "top_p": 0.9}]
+    ways.append({"top_k": 20, "top_p": 0.9, "min_p": 0.1})
+    if not noted:  # tokens that no kernel has written would be counted
+        ways += [{"presence_penalty": 0.1}, {"logprobs": 1}]
+        ways.append({"top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1})
+    for way in ways:
+        params = SamplingParams(temperature=1.0, **way)
+        new = NewRow(0, [0], 1, params, seed=0, block_ids=[], eos_token_ids=[], max_total=2)
+        plan = StepPlan(0, [0], [0], [1], 1, [0], [new], [], [])
+        sampler.apply(plan)
+        sampler.sample(logits, row, row + 1, plan)
+        sampler.apply(StepPlan(0, [], [], [], 0, [], [], [], [0]))
+    sampler.temperature[0] = 0.0

@@ -122,6 +122,29 @@ def test_the_real_model_answers_the_same_on_cpu_and_gpu() -> None:
     )
 
 
+def test_no_request_waits_for_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever traffic comes after the start, its kernels are there."""
+    import triton
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    options = {
+        "model": str(tiny_model("qwen3")),
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "kv_cache_memory_bytes": 2**27,
+    }
+    client = make_client(EngineOptions(**options, max_num_seqs=64))  # type: ignore[arg-type]
+    compiled = set(tmp_path.rglob("*.cubin"))
+    assert compiled
+    for seed, params in enumerate(
+        ({}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"logprobs": 2}, {"presence_penalty": 0.5})
+    ):  # fmt: skip
+        generate(client, random_prompts(seed, 40, 120), 12, **params)
+        generate(client, random_prompts(seed + 10, 1), 5, **params)
+    client.shutdown()
+    assert set(tmp_path.rglob("*.cubin")) == compiled
+
+
 def test_soak_under_a_small_cache() -> None:
     """Random arrivals, lengths and aborts with forced preemption: no error, no leak, every invariant holds."""
     client = make(

@@ -78,17 +78,27 @@ static TARGET void row_panels(const bf16 *x, const bf16 *w, int64_t K2, int64_t 
     for (; p < panels; p++, w += size, c += PANEL) tile_1(x, 0, w, K2, c, PANEL);
 }
 
-static TARGET void finish_panel(const float *c, int64_t M, bf16 *y, int64_t ldy, const bf16 *bias, const bf16 *add, int64_t n0,
-                                int64_t N) {
+/* Where a product goes, and what is added to it. */
+typedef struct {
+    bf16 *y;     /* [M, N] in bfloat16, or */
+    float *wide; /* in fp32 */
+    int64_t ld, N;
+    const bf16 *bias, *add; /* [N] and rows ld apart, or NULL */
+} product_result;
+
+/* Rows [m0, m0 + M) of outputs [n0, n0 + 32) from their sums c. */
+static TARGET void finish_panel(const product_result *r, const float *c, int64_t m0, int64_t M, int64_t n0) {
     for (int half = 0; half < 2; half++) {
         int64_t n = n0 + 16 * half;
-        if (n >= N) return;
-        __mmask16 mask = N - n >= 16 ? 0xffff : (__mmask16)((1u << (N - n)) - 1);
-        __m512 b = bias ? load_bf16_tail(bias + n, mask) : _mm512_setzero_ps();
+        if (n >= r->N) return;
+        __mmask16 mask = r->N - n >= 16 ? 0xffff : (__mmask16)((1u << (r->N - n)) - 1);
+        __m512 b = r->bias ? load_bf16_tail(r->bias + n, mask) : _mm512_setzero_ps();
         for (int64_t m = 0; m < M; m++) {
+            int64_t at = (m0 + m) * r->ld + n;
             __m512 v = _mm512_add_ps(_mm512_loadu_ps(c + m * PANEL + 16 * half), b);
-            if (add) v = _mm512_add_ps(v, load_bf16_tail(add + m * ldy + n, mask));
-            store_bf16_tail(y + m * ldy + n, v, mask);
+            if (r->add) v = _mm512_add_ps(v, load_bf16_tail(r->add + at, mask));
+            if (r->wide) _mm512_mask_storeu_ps(r->wide + at, mask, v);
+            else store_bf16_tail(r->y + at, v, mask);
         }
     }
 }
@@ -99,16 +109,16 @@ static int64_t grain_of(const team *t, int64_t tasks, int64_t most) {
     return grain < 1 ? 1 : grain > most ? most : grain;
 }
 
-TARGET void linear_part(const team *t, const bf16 *x, int64_t ldx, const bf16 *packed, const bf16 *bias, const bf16 *add,
-                        bf16 *y, int64_t ldy, int64_t M, int64_t N, int64_t K) {
-    int64_t panels = (N + PANEL - 1) / PANEL, K2 = K / 2;
+static TARGET void product_part(const team *t, const bf16 *x, int64_t ldx, const bf16 *packed, const product_result *r, int64_t M,
+                                int64_t K) {
+    int64_t panels = (r->N + PANEL - 1) / PANEL, K2 = K / 2;
     if (M == 1) {
         int64_t grain = grain_of(t, panels, 4);
         for (int64_t p = team_claim(t, grain); p < panels; p = team_claim(t, grain)) {
             float c[4 * PANEL];
             int64_t count = panels - p < grain ? panels - p : grain;
             row_panels(x, packed + p * PANEL * K, K2, count, c);
-            for (int64_t i = 0; i < count; i++) finish_panel(c + i * PANEL, 1, y, ldy, bias, add, (p + i) * PANEL, N);
+            for (int64_t i = 0; i < count; i++) finish_panel(r, c + i * PANEL, 0, 1, (p + i) * PANEL);
         }
         return;
     }
@@ -118,8 +128,14 @@ TARGET void linear_part(const team *t, const bf16 *x, int64_t ldx, const bf16 *p
             float c[CHUNK * PANEL];
             int64_t p = i / chunks, m = i % chunks * CHUNK, rows = M - m < CHUNK ? M - m : CHUNK;
             panel_product(x + m * ldx, ldx, rows, packed + p * PANEL * K, K2, c, PANEL);
-            finish_panel(c, rows, y + m * ldy, ldy, bias, add ? add + m * ldy : NULL, p * PANEL, N);
+            finish_panel(r, c, m, rows, p * PANEL);
         }
+}
+
+TARGET void linear_part(const team *t, const bf16 *x, int64_t ldx, const bf16 *packed, const bf16 *bias, const bf16 *add,
+                        bf16 *y, int64_t ldy, int64_t M, int64_t N, int64_t K) {
+    product_result result = {.y = y, .ld = ldy, .N = N, .bias = bias, .add = add};
+    product_part(t, x, ldx, packed, &result, M, K);
 }
 
 TARGET void gated_linear_part(const team *t, const bf16 *x, int64_t ldx, const bf16 *packed, const bf16 *bias, bf16 *y,
@@ -152,36 +168,13 @@ TARGET void gated_linear_part(const team *t, const bf16 *x, int64_t ldx, const b
 }
 
 /* y[M,N] = x[M,K] w^T in fp32: logits, whose differences bfloat16 would round away */
-static TARGET void logits_part(const team *t, const bf16 *x, const bf16 *packed, float *y, int64_t M, int64_t N, int64_t K) {
-    int64_t panels = (N + PANEL - 1) / PANEL, K2 = K / 2, chunks = (M + CHUNK - 1) / CHUNK, tasks = panels * chunks;
-    if (M == 1) {
-        int64_t grain = grain_of(t, panels, 4);
-        for (int64_t p = team_claim(t, grain); p < panels; p = team_claim(t, grain)) {
-            float c[4 * PANEL];
-            int64_t count = panels - p < grain ? panels - p : grain, left = N - p * PANEL;
-            row_panels(x, packed + p * PANEL * K, K2, count, c);
-            memcpy(y + p * PANEL, c, (size_t)(left < count * PANEL ? left : count * PANEL) * sizeof(float));
-        }
-        return;
-    }
-    int64_t grain = grain_of(t, tasks, chunks);
-    for (int64_t first = team_claim(t, grain); first < tasks; first = team_claim(t, grain))
-        for (int64_t i = first; i < first + grain && i < tasks; i++) {
-            float c[CHUNK * PANEL];
-            int64_t p = i / chunks, m0 = i % chunks * CHUNK, rows = M - m0 < CHUNK ? M - m0 : CHUNK;
-            int64_t width = N - p * PANEL < PANEL ? N - p * PANEL : PANEL;
-            panel_product(x + m0 * K, K, rows, packed + p * PANEL * K, K2, c, PANEL);
-            for (int64_t m = 0; m < rows; m++)
-                memcpy(y + (m0 + m) * N + p * PANEL, c + m * PANEL, (size_t)width * sizeof(float));
-        }
-}
-
 TARGET void ki_logits(const bf16 *x, const bf16 *packed, float *y, int64_t M, int64_t N, int64_t K) {
+    product_result result = {.wide = y, .ld = N, .N = N};
     team_shared shared = {0};
 #pragma omp parallel
     {
         team t = {omp_get_thread_num(), omp_get_num_threads(), &shared};
-        logits_part(&t, x, packed, y, M, N, K);
+        product_part(&t, x, K, packed, &result, M, K);
     }
 }
 

@@ -210,6 +210,39 @@ def test_dequantized(device: str, n: int, k: int, group: int, dtype: torch.dtype
     assert error(got, plain) < TOLERANCE[dtype]
 
 
+def check_products(
+    packed: Int4Weight,
+    plain: Tensor,
+    x: Tensor,
+    norm: Tensor,
+    bias: bool,
+    device: str,
+    tolerance: float,
+    gated_tolerance: float,
+) -> None:
+    """Every form of a product with ``packed`` against one with ``plain``, the same weight in fp64."""
+    outputs, dtype = plain.shape[0], x.dtype
+    weight = move(packed, device)
+    b = torch.randn(outputs).to(dtype) if bias else None
+    b_on = None if b is None else b.to(device)
+    residual = torch.randn(x.shape[0], outputs).to(dtype)
+    on, nw = x.to(device), norm.to(device)
+
+    def dense(y: Tensor) -> Tensor:
+        return y.double() @ plain.T + (b.double() if b is not None else 0)
+
+    got = int4_linear(on, weight, b_on)
+    assert got.dtype == dtype
+    assert error(got, dense(x)) < tolerance
+    assert error(int4_linear(on, weight, b_on, nw, EPS), dense(normed(x, norm))) < tolerance
+    assert error(int4_linear(on, weight, b_on, gated=True), gated(dense(x))) < gated_tolerance
+    got = int4_linear(on, weight, b_on, nw, EPS, gated=True)
+    assert error(got, gated(dense(normed(x, norm)))) < gated_tolerance
+    total = residual.clone().to(device)
+    assert int4_linear(on, weight, b_on, residual=total) is total
+    assert error(total, residual.double() + dense(x)) < tolerance
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("tokens", "n", "k", "group", "act_order"),
@@ -235,27 +268,7 @@ def test_int4_products(
     torch.manual_seed(tokens * n + k)
     x, norm = torch.randn(tokens, k).to(dtype), (torch.rand(k) + 0.5).to(dtype)
     packed, plain = int4_weight(2 * n, k, group, act_order)
-    weight = move(packed, device)
-    b = torch.randn(2 * n).to(dtype) if bias else None
-    b_on = None if b is None else b.to(device)
-    residual = torch.randn(tokens, 2 * n).to(dtype)
-    on, nw = x.to(device), norm.to(device)
-
-    def dense(y: Tensor) -> Tensor:
-        return y.double() @ plain.T + (b.double() if b is not None else 0)
-
-    tolerance = TOLERANCE[dtype]
-    got = int4_linear(on, weight, b_on)
-    assert got.dtype == dtype
-    assert error(got, dense(x)) < tolerance
-    assert error(int4_linear(on, weight, b_on, nw, EPS), dense(normed(x, norm))) < tolerance
-    assert error(int4_linear(on, weight, b_on, gated=True), gated(dense(x))) < tolerance
-    assert (
-        error(int4_linear(on, weight, b_on, nw, EPS, gated=True), gated(dense(normed(x, norm)))) < tolerance
-    )
-    total = residual.clone().to(device)
-    assert int4_linear(on, weight, b_on, residual=total) is total
-    assert error(total, residual.double() + dense(x)) < tolerance
+    check_products(packed, plain, x, norm, bias, device, TOLERANCE[dtype], TOLERANCE[dtype])
 
 
 @pytest.mark.gpu
@@ -352,23 +365,4 @@ def test_products_with_minimums(
     torch.manual_seed(tokens * n + k)
     x, norm = torch.randn(tokens, k).to(dtype), (torch.rand(k) + 0.5).to(dtype)
     packed, plain = weight_with_minimums(2 * n, k, group, bits)
-    weight = move(packed, device)
-    b = torch.randn(2 * n).to(dtype) if bias else None
-    b_on = None if b is None else b.to(device)
-    residual = torch.randn(tokens, 2 * n).to(dtype)
-    on, nw = x.to(device), norm.to(device)
-
-    def dense(y: Tensor) -> Tensor:
-        return y.double() @ plain.T + (b.double() if b is not None else 0)
-
-    tolerance = TOLERANCE[dtype]
-    got = int4_linear(on, weight, b_on)
-    assert got.dtype == dtype
-    assert error(got, dense(x)) < tolerance
-    assert error(int4_linear(on, weight, b_on, nw, EPS), dense(normed(x, norm))) < tolerance
-    assert error(int4_linear(on, weight, b_on, gated=True), gated(dense(x))) < 2 * tolerance
-    got = int4_linear(on, weight, b_on, nw, EPS, gated=True)
-    assert error(got, gated(dense(normed(x, norm)))) < 2 * tolerance
-    total = residual.clone().to(device)
-    assert int4_linear(on, weight, b_on, residual=total) is total
-    assert error(total, residual.double() + dense(x)) < tolerance
+    check_products(packed, plain, x, norm, bias, device, TOLERANCE[dtype], 2 * TOLERANCE[dtype])

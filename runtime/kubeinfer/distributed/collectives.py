@@ -105,8 +105,7 @@ class TorchGroup:
     def _sum_in_order(self, x: Tensor) -> Tensor:
         """The sum from the first rank to the last in fp32, whatever the size of ``x``: libraries choose an order by it."""
         gathered = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(gathered.view(-1, *x.shape[1:]), x.contiguous(), group=self._group)
+        self._gather_into(gathered.view(-1, *x.shape[1:]), x)
         total = gathered[0].float()
         for part in gathered[1:]:
             total += part
@@ -133,11 +132,15 @@ class TorchGroup:
                 out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
             return self._peer.gather(x, out)
         gathered = torch.empty(self.size * x.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
+        self._gather_into(gathered, x)
+        whole = gathered.view(self.size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1)[:, :width]
+        return whole.contiguous() if out is None else out.copy_(whole)
+
+    def _gather_into(self, gathered: Tensor, x: Tensor) -> None:
+        """All ranks' ``x`` one after another along the first dimension."""
         # torch 2.13 has renamed it
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(gathered, x.contiguous(), group=self._group)
-        whole = gathered.view(self.size, *x.shape).transpose(0, 1).reshape(x.shape[0], -1)[:, :width]
-        return whole.contiguous() if out is None else out.copy_(whole)
 
     def smallest(self, value: int) -> int:
         """The smallest over all ranks of all stages."""

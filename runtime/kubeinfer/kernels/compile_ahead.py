@@ -8,6 +8,7 @@ finds it. Nothing here is needed for a right result: what is not compiled ahead 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -159,6 +160,7 @@ def compile_ahead(
     return len(launches)
 
 
+@functools.cache
 def _sources() -> str:
     """A digest of this package: its kernels and their tuned configurations."""
     digest = hashlib.sha256()

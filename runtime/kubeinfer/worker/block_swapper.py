@@ -5,12 +5,14 @@ from __future__ import annotations
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kubeinfer.engine.plan import StepPlan
 from kubeinfer.kernels.block_copy import gather_blocks, layer_pointers, scatter_blocks
 from kubeinfer.worker.host_pool import HostPool, copy_async
+from kubeinfer.worker.tables import to_device
 
 _STAGING_BYTES = 32 * 2**20
 
@@ -120,8 +122,7 @@ class BlockSwapper:
         staging.free.record(step)
 
     def _to_device(self, blocks: list[int]) -> Tensor:
-        ids = torch.tensor(blocks, dtype=torch.int32)
-        return ids.pin_memory().to(self.device, non_blocking=True) if self._on_gpu else ids
+        return to_device(np.array(blocks, np.int32), self.device)
 
     def close(self) -> None:
         if self._on_gpu:

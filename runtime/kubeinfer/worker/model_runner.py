@@ -313,7 +313,7 @@ class ModelRunner:
         if self.device.type == "cpu":
             return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
         buffer, packing = pack(arrays)
-        return packing.views(torch.from_numpy(buffer).pin_memory().to(self.device, non_blocking=True))
+        return packing.views(self._to(buffer))
 
     def _to(self, array: NDArray[Any]) -> Tensor:
         return to_device(array, self.device)

@@ -99,13 +99,13 @@ class Sums:
         if self.theirs is None:
             raise RuntimeError("too large for torch's buffer")
         self.theirs.copy_(self.x)
-        self._norm(torch.ops.symm_mem.one_shot_all_reduce(self.theirs, "sum", self.group._name))
+        self._norm(torch.ops.symm_mem.one_shot_all_reduce(self.theirs, "sum", self.group._group.group_name))
 
     def torch_two_shot(self) -> None:
         if self.theirs is None:
             raise RuntimeError("too large for torch's buffer")
         self.theirs.copy_(self.x)
-        torch.ops.symm_mem.two_shot_all_reduce_(self.theirs, "sum", self.group._name)
+        torch.ops.symm_mem.two_shot_all_reduce_(self.theirs, "sum", self.group._group.group_name)
         self._norm(self.theirs)
 
     def nccl(self) -> None:
@@ -117,12 +117,13 @@ class Sums:
 
 
 def sums(group: TorchGroup, peer: PeerMemory, width: int) -> None:
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # as ours does without
     import torch.distributed._symmetric_memory as symmetric
 
     theirs = symmetric.empty(
         4 * 2**20, dtype=BF16, device=group.device
     )  # 8 MiB, as much as they are asked for
-    symmetric.rendezvous(theirs, group=group._name)
+    symmetric.rendezvous(theirs, group=group._group.group_name)
     say(group, f"\n{group.size} GPUs, all-reduce + residual + norm, width {width}: us")
     say(
         group,

@@ -12,25 +12,26 @@ from torch import Tensor
 from kubeinfer.kernels.attention import decode_workspace, paged_attention
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+FASTEST = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, soft_cap: float) -> Tensor:
-    """``q [n, Hq, D]`` are the last positions of ``k, v [m, Hk, D]``; float64."""
+    """``q [n, Hq, D]`` are the last positions of ``k, v [m, Hk, D]``; float64, by torch on the fastest device there is."""
     n, m = q.shape[0], k.shape[0]
     group = q.shape[1] // k.shape[1]
-    q, k, v = (x.double().cpu() for x in (q, k, v))
+    q, k, v = (x.to(FASTEST).double() for x in (q, k, v))
     logits = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(group, 1)) * scale
     if soft_cap:
         logits = soft_cap * torch.tanh(logits / soft_cap)
-    query = torch.arange(m - n, m)[:, None]
-    key = torch.arange(m)[None]
+    query = torch.arange(m - n, m, device=FASTEST)[:, None]
+    key = torch.arange(m, device=FASTEST)[None]
     hidden = key > query
     if window:
         hidden |= key <= query - window
     return torch.einsum(
         "hnm,mhd->nhd", logits.masked_fill(hidden, float("-inf")).softmax(-1), v.repeat_interleave(group, 1)
-    )
+    ).cpu()
 
 
 def check(
@@ -65,9 +66,9 @@ def check(
         k, v = torch.randn(m, hk, head_dim).to(dtype), torch.randn(m, hk, head_dim).to(dtype)
         if fp8:
             k, v = k.to(torch.float8_e4m3fn).to(dtype), v.to(torch.float8_e4m3fn).to(dtype)
-        for t in range(m):
-            block, offset = int(table[i, t // block_size]), t % block_size
-            cache[0, block, :, offset], cache[1, block, :, offset] = k[t], v[t]
+        at = torch.arange(m)
+        block, offset = table[i, at // block_size].long(), at % block_size
+        cache[0, block, :, offset], cache[1, block, :, offset] = k, v
         q = torch.randn(n, hq, head_dim).to(dtype)
         queries.append(q)
         expected.append(

@@ -7,8 +7,6 @@ with the residual addition and the norm that follow; multicast is not used. ``di
 from __future__ import annotations
 
 import logging
-import os
-import zlib
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kubeinfer.distributed.peer_memory import PeerMemory, allocate, usable_programs
+from kubeinfer.distributed.shared_memory import HANDLE_BYTES
+from kubeinfer.kernels.all_reduce import MOST_RANKS
 from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.norm import fused_add_rms_norm
 
@@ -42,11 +42,6 @@ class TorchGroup:
         self.rank = rank % size
         self.size = size
         self.device = device
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        # torch numbers groups from 0 in every engine, and keeps what it knows of a group's peer memory under that name when
-        # the group is gone: a later engine of this process would wait for the ranks of the one before.
-        world: Any = dist.distributed_c10d._world
-        world.group_count = zlib.crc32(init_method.encode())
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
@@ -62,7 +57,6 @@ class TorchGroup:
                 group = dist.new_group(list(range(stage * size, (stage + 1) * size)))
                 if stage == rank // size:
                     self._group = group
-        self._name: str = self._group.group_name
         self._peer: PeerMemory | None = None
         self._wants_peer = peer_memory and device.type == "cuda" and size > 1
 
@@ -74,17 +68,36 @@ class TorchGroup:
         if not self._wants_peer:
             return
         self._wants_peer = False
+        if self.size > MOST_RANKS:
+            logger.warning("all-reduce over peer memory serves up to %d GPUs, NCCL does it all", MOST_RANKS)
+            return
         programs = self.smallest(usable_programs(self.device, self.size))  # all ranks launch equal grids
         row_bytes = width * dtype.itemsize
         peer: PeerMemory | None = None
+        exchanged = False
+
+        def exchange(own: bytes) -> list[bytes]:
+            nonlocal exchanged
+            exchanged = True
+            return self._exchange(own)
+
         try:
-            peer = allocate(self._name, self.rank, self.size, self.device, rows, row_bytes, programs)
-        except (RuntimeError, ImportError, AttributeError) as exc:
-            logger.warning(
-                "all-reduce over peer memory is off, NCCL does it all: %s", str(exc).splitlines()[0]
-            )
+            peer = allocate(self.rank, self.size, self.device, rows, row_bytes, programs, exchange)
+        except (RuntimeError, OSError) as exc:
+            logger.warning("all-reduce over peer memory is off, NCCL does it all: %s", exc)
+            if not exchanged:  # the other ranks wait for it
+                self._exchange(bytes(HANDLE_BYTES))
         if self.smallest(peer is not None):
             self._peer = peer
+        elif peer is not None:
+            peer.close()
+
+    def _exchange(self, own: bytes) -> list[bytes]:
+        """Every rank's bytes, as many as this rank's."""
+        mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(self.device)
+        gathered = torch.empty(self.size * len(own), dtype=torch.uint8, device=self.device)
+        self._gather_into(gathered, mine)
+        return [bytes(part) for part in gathered.view(self.size, -1).cpu().numpy()]
 
     def buffer(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
         return self._peer.lend(rows, width, dtype) if self._peer is not None else None
@@ -149,6 +162,9 @@ class TorchGroup:
         return int(tensor.item())
 
     def close(self) -> None:
+        if self._peer is not None:
+            self._peer.close()
+            self._peer = None
         if dist.is_initialized():
             dist.destroy_process_group()
 

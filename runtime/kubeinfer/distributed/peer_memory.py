@@ -15,16 +15,16 @@ slots: either a once-a-step call stands between, or a step makes an even number 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from kubeinfer.distributed.shared_memory import SharedMemory
 from kubeinfer.kernels.all_reduce import (
     ALIGNMENT,
     COUNTER_BYTES,
     MOST_PROGRAMS,
-    MOST_RANKS,
     Inboxes,
     Peers,
     gather_columns,
@@ -55,11 +55,16 @@ class PeerMemory:
         peers: where the other ranks' parts are.
         slot_bytes: of each slot and of the result; a multiple of ``ALIGNMENT``.
         inboxes: for packets.
-        handle: what must live as long as the mapping of the peers' parts.
+        shared: whose part ``memory`` is, for `close`.
     """
 
     def __init__(
-        self, memory: Tensor, peers: Peers, slot_bytes: int, inboxes: Inboxes, handle: object = None
+        self,
+        memory: Tensor,
+        peers: Peers,
+        slot_bytes: int,
+        inboxes: Inboxes,
+        shared: SharedMemory | None = None,
     ):
         self.peers = peers
         self.slot_bytes = slot_bytes
@@ -68,8 +73,14 @@ class PeerMemory:
         self.one_shot_bytes = ONE_SHOT_BYTES.get(peers.size, min(ONE_SHOT_BYTES.values()))
         self._memory = memory
         self._result = COUNTER_BYTES + 3 * slot_bytes
-        self._handle = handle
+        self._shared = shared
         self._turn = 0
+
+    def close(self) -> None:
+        """Give the memory back, once no rank calls any more."""
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
 
     def fits(self, rows: int, width: int, dtype: torch.dtype) -> bool:
         """Whether a slot holds ``[rows, width]``, and the kernels take it."""
@@ -152,16 +163,18 @@ class PeerMemory:
 
 
 def allocate(
-    group_name: str, rank: int, size: int, device: torch.device, rows: int, row_bytes: int, programs: int
+    rank: int,
+    size: int,
+    device: torch.device,
+    rows: int,
+    row_bytes: int,
+    programs: int,
+    exchange: Callable[[bytes], list[bytes]],
 ) -> PeerMemory:
     """Peer memory for up to ``rows`` of ``row_bytes``, within reason; all ranks of the group call it together.
 
-    Raises RuntimeError, ImportError or AttributeError where torch or the GPUs cannot share memory.
+    ``exchange`` as in `SharedMemory`. Raises RuntimeError or OSError where the GPUs cannot share memory.
     """
-    import torch.distributed._symmetric_memory as symmetric
-
-    if size > MOST_RANKS:
-        raise RuntimeError(f"peer memory serves up to {MOST_RANKS} ranks, not {size}")
     most = min(_MOST_SLOT_BYTES, torch.cuda.get_device_properties(device).total_memory // 256)
     slot_bytes = -(-min(max(rows * row_bytes, _LEAST_SLOT_BYTES), most) // ALIGNMENT) * ALIGNMENT
     inboxes = Inboxes(
@@ -171,23 +184,18 @@ def allocate(
         calls=torch.zeros(_MOST_PACKET_ROWS, dtype=torch.int32, device=device),
     )
     total = inboxes.offset + Inboxes.num_bytes(size, inboxes.rows, inboxes.words)
-    memory: Tensor = symmetric.empty(total, dtype=torch.uint8, device=device)
-    memory.zero_()
-    # No rank leaves the rendezvous before all have come: by then every rank's counters and inboxes are zero.
-    torch.cuda.synchronize(device)
-    handle: Any = symmetric.rendezvous(memory, group=group_name)
-    addresses = list(handle.buffer_ptrs)
-    inside = memory.data_ptr() - addresses[rank]
+    # Every rank's counters and inboxes are zero before any rank knows where they are.
+    shared = SharedMemory(total, rank, device, exchange)
     peers = Peers(
         rank=rank,
         size=size,
-        addresses=torch.tensor([a + inside for a in addresses], dtype=torch.int64, device=device),
+        addresses=torch.tensor(shared.addresses, dtype=torch.int64, device=device),
         meetings=torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device),
         programs=min(programs, MOST_PROGRAMS),
         limit=_LOOKS,
     )
     torch.cuda.synchronize(device)
-    return PeerMemory(memory, peers, slot_bytes, inboxes, handle)
+    return PeerMemory(shared.part, peers, slot_bytes, inboxes, shared)
 
 
 def usable_programs(device: torch.device, size: int) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kubeinfer.engine.kv_cache import KVCacheManager
 from kubeinfer.engine.messages import EngineInfo, EngineOutput, EngineOutputs, EngineRequest
+from kubeinfer.engine.pacing import StepPacer
 from kubeinfer.engine.scheduler import Scheduler, SchedulerConfig
 from kubeinfer.errors import OptionError
 
@@ -77,6 +78,8 @@ class EngineCore:
             start_seconds=phases,
         )
         self._num_in_flight = 0
+        # Where one step is queued while another runs, and there are no stages to keep busy, a server may queue it late.
+        self._pacer = StepPacer() if executor.depth == 2 and options.pipeline_parallel_size == 1 else None
         self._ended: list[EngineOutput] = []  # aborts to be told with the next step
 
     def add_requests(self, requests: list[EngineRequest]) -> None:
@@ -89,18 +92,31 @@ class EngineCore:
     def has_work(self) -> bool:
         return self._num_in_flight > 0 or bool(self._ended) or self.scheduler.has_unfinished()
 
+    def spare_seconds(self) -> float:
+        """How long a server may listen for requests before `step`, without the device waiting for it."""
+        if self._pacer is None or self._ended:
+            return 0.0
+        return self._pacer.plan_at() - time.perf_counter()
+
     def step(self) -> EngineOutputs:
         """Launch one step if one can run, and take in the oldest step in flight if no more may fly.
 
         Returns what is new; its outputs may be empty while the pipeline fills.
         """
+        began = time.perf_counter()
         plan = self.scheduler.schedule()
         if plan is not None:
             self.executor.submit(plan)
             self._num_in_flight += 1
+            if self._pacer is not None:
+                decodes = plan.num_decodes
+                self._pacer.launched(began, time.perf_counter(), decodes, plan.total_tokens - decodes)
         outputs: list[EngineOutput] = []
         if self._num_in_flight and (plan is None or self._num_in_flight >= self.executor.depth):
-            outputs = self.scheduler.update(self.executor.collect())
+            result = self.executor.collect()
+            if self._pacer is not None:
+                self._pacer.finished(time.perf_counter())
+            outputs = self.scheduler.update(result)
             self._num_in_flight -= 1
         if self._ended:
             outputs += self._ended

@@ -35,6 +35,7 @@ from kubeinfer.options import EngineOptions
 
 logger = logging.getLogger(__name__)
 _SIGN_OF_LIFE_S = 2.0  # a long prompt's steps bring no token, yet the client must see that they go on
+_POLL_UNIT_S = 1e-3  # of ZMQ's time limits
 _IDLE_POLL_MS = 1000  # how soon a core without work sees that its parent is gone
 
 
@@ -55,7 +56,7 @@ class CoreProcess:
         steps, last_sent = 0, time.monotonic()
         while not self._stopped:
             if self.core.has_work():
-                self._take_messages()
+                self._listen(self.core.spare_seconds())
                 outputs = self.core.step()
                 now = time.monotonic()
                 if outputs.outputs or now - last_sent > _SIGN_OF_LIFE_S:
@@ -75,6 +76,17 @@ class CoreProcess:
     def _check_parent(self) -> None:
         if os.getppid() != self._parent:
             self._stopped = True
+
+    def _listen(self, seconds: float) -> None:
+        """Take messages as they come for ``seconds``, or those that are there."""
+        deadline = time.perf_counter() + seconds
+        self._take_messages()
+        while (left := deadline - time.perf_counter()) > 0:
+            if left > _POLL_UNIT_S:
+                self.inbox.poll(int(left / _POLL_UNIT_S))
+            else:
+                time.sleep(left)
+            self._take_messages()
 
     def _take_messages(self) -> None:
         while True:

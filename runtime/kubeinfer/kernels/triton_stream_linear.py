@@ -1,0 +1,259 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment,misc"
+"""Triton kernel of `kubeinfer.kernels.fused_linear` for 3 to 64 tokens of large layers: weights stream through every multiprocessor.
+
+The work is cut evenly, whatever the number of outputs (stream-K: Osama et al., arXiv 2301.03598): tiles of outputs times steps
+over the inputs are one long list, of which each program takes an equal run. The copy engine (TMA) fetches the weights of the
+steps to come, across the ends of tiles too, so that the memory never waits. A tile that two or more programs have parts of is
+finished by the last of them, which adds the parts in a fixed order: the result does not depend on who was last.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+
+_SCRATCH_BYTES = 64 << 20
+_MOST_TILES = 16384
+
+
+@triton.jit
+def _fetch_ahead(pointers):
+    """Ask the L2 cache for the lines at ``pointers``; nothing is returned."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _all_threads():
+    """Wait for all threads of the program. Of the usual barrier in it a loop would not be pipelined."""
+    tl.inline_asm_elementwise(
+        "bar.sync 0; mov.u32 $0, $1;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit(do_not_specialize=["m", "eps"])
+def _stream_kernel(
+    x_rows,
+    weight_rows,
+    norm_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    sums_ptr,
+    squares_ptr,
+    counter_ptr,
+    m,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    STRIDE_OUT: tl.constexpr,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UNITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    # A tile's steps are parts of at most so many programs' runs.
+    MOST_PARTS: tl.constexpr = 1 if STEPS % UNITS == 0 and UNITS == STEPS else (STEPS - 2 + UNITS) // UNITS + 1
+    SUMS: tl.constexpr = 2 if GATED else 1
+    program = tl.program_id(0)
+    begin = program * UNITS
+    end = tl.minimum(begin + UNITS, TILES * STEPS)
+    first_tile = begin // STEPS
+    outputs = tl.arange(0, BLOCK_N)
+    tokens = tl.arange(0, BLOCK_M)
+    if PDL:
+        # Weights do not depend on the kernel before this one: bring the first ones near while it ends.
+        if AHEAD > 0:
+            lines = (begin % STEPS) * BLOCK_K + tl.arange(0, AHEAD) * 64
+            near = tl.minimum(first_tile * BLOCK_N + outputs, N - 1).to(tl.int64)[:, None] * STRIDE_W
+            near += tl.minimum(lines, K - 64)[None, :]
+            _fetch_ahead(weight_ptr + near)
+            if GATED:
+                _fetch_ahead(weight_ptr + near + N * STRIDE_W)
+        gdc_wait()
+        gdc_launch_dependents()
+
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    for unit in tl.range(begin, end, num_stages=STAGES):
+        tile = unit // STEPS
+        step = unit % STEPS
+        x = x_rows.load([0, step * BLOCK_K])
+        w = weight_rows.load([tile * BLOCK_N, step * BLOCK_K])
+        if NORM:
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            ks = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            if K % BLOCK_K == 0:
+                scale = tl.load(norm_ptr + ks).to(tl.float32)
+            else:
+                scale = tl.load(norm_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
+            x = (wide * scale[None, :]).to(x.dtype)
+        acc = tl.dot(w, tl.trans(x), acc)
+        if GATED:
+            up = weight_rows.load([N + tile * BLOCK_N, step * BLOCK_K])
+            acc_up = tl.dot(up, tl.trans(x), acc_up)
+
+        if (step == STEPS - 1) | (unit == end - 1):
+            low = tile * STEPS // UNITS  # programs that have parts of this tile
+            high = (tile * STEPS + STEPS - 1) // UNITS
+            last = True
+            if MOST_PARTS > 1:
+                if high > low:
+                    within = outputs[:, None] * BLOCK_M + tokens[None, :]
+                    slot = 2 * program + (tile != first_tile).to(tl.int32)
+                    own = sums_ptr + slot * (SUMS * BLOCK_M * BLOCK_N) + within
+                    tl.store(own, acc)
+                    if GATED:
+                        tl.store(own + BLOCK_M * BLOCK_N, acc_up)
+                    if NORM:
+                        tl.store(squares_ptr + slot * BLOCK_M + tokens, squares)
+                    _all_threads()  # all of this program's sums are stored before one of its threads counts it
+                    ended = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
+                    last = ended == high - low
+                    if last:
+                        tl.store(counter_ptr + tile, 0)
+                        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                        acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                        squares = tl.zeros([BLOCK_M], tl.float32)
+                        for i in tl.static_range(MOST_PARTS):
+                            part = low + i
+                            there = part <= high
+                            slot = 2 * part + (tile != part * UNITS // STEPS).to(tl.int32)
+                            other = sums_ptr + slot * (SUMS * BLOCK_M * BLOCK_N) + within
+                            mask = (within >= 0) & there
+                            acc += tl.load(other, mask=mask, other=0.0, cache_modifier=".cg")
+                            if GATED:
+                                acc_up += tl.load(
+                                    other + BLOCK_M * BLOCK_N, mask=mask, other=0.0, cache_modifier=".cg"
+                                )
+                            if NORM:
+                                squares += tl.load(
+                                    squares_ptr + slot * BLOCK_M + tokens,
+                                    mask=(tokens >= 0) & there,
+                                    other=0.0,
+                                    cache_modifier=".cg",
+                                )
+            if last:
+                columns = tile * BLOCK_N + outputs
+                inside = columns < N
+                result = acc
+                if NORM:
+                    factor = tl.rsqrt(squares / K + eps)[None, :]
+                    result = result * factor
+                    acc_up = acc_up * factor
+                if HAS_BIAS:
+                    result += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
+                    if GATED:
+                        acc_up += tl.load(bias_ptr + N + columns, mask=inside, other=0.0).to(tl.float32)[
+                            :, None
+                        ]
+                if GATED:
+                    result = result / (1.0 + tl.exp(-result)) * acc_up
+                result = tl.trans(result)
+                target = out_ptr + tokens[:, None] * STRIDE_OUT + columns[None, :]
+                mask = (tokens < m)[:, None] & inside[None, :]
+                if ADD:
+                    result += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+                tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
+            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            squares = tl.zeros([BLOCK_M], tl.float32)
+
+
+_STREAM = Kernel(_stream_kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamConfig:
+    """Outputs and inputs of a step, warps, steps in flight, and programs a multiprocessor."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    stages: int
+    per_processor: int
+
+
+@dataclass(slots=True)
+class _Scratch:
+    sums: Tensor  # fp32
+    squares: Tensor  # fp32
+    counters: Tensor  # int32, zero between launches
+
+
+@functools.cache
+def _scratch(device: torch.device) -> _Scratch:
+    """Kernels of one stream use it one after the other: a kernel's programs end before the next kernel's begin to add."""
+    return _Scratch(
+        torch.empty(_SCRATCH_BYTES // 4, dtype=torch.float32, device=device),
+        torch.empty(2 * 4096 * 64, dtype=torch.float32, device=device),
+        torch.zeros(_MOST_TILES, dtype=torch.int32, device=device),
+    )
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def stream_linear_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    config: StreamConfig,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    add: bool = False,
+) -> Tensor:
+    """As `kubeinfer.kernels.triton_linear.linear_triton`, for up to 64 tokens: ``x [M, K]`` of 16-bit numbers."""
+    m, k = x.shape
+    n = out.shape[1]
+    block_m = max(16, triton.next_power_of_2(m))
+    tiles, steps = triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_k)
+    units = triton.cdiv(tiles * steps, _processors(x.device) * config.per_processor)
+    programs = triton.cdiv(tiles * steps, units)
+    scratch = _scratch(x.device)
+    needed = 2 * programs * block_m * config.block_n * (2 if gated else 1)
+    if needed > scratch.sums.numel() or tiles > _MOST_TILES:
+        raise ValueError(f"{config} needs more scratch memory than there is for {n} outputs.")
+    pdl = overlaps_launches()
+    block = [config.block_n, config.block_k]
+    args = (
+        TensorDescriptor(x, [m, k], [x.stride(0), 1], [block_m, config.block_k]),
+        TensorDescriptor(weight, list(weight.shape), [weight.stride(0), 1], block),
+        norm_weight if norm_weight is not None else x, weight, bias if bias is not None else x, out, scratch.sums,
+        scratch.squares, scratch.counters, m, eps,
+    )  # fmt: skip
+    # About 32 KiB a program: what its first steps read.
+    ahead = 1 << (max(1, 16384 // config.block_n // 64 // (2 if gated else 1)).bit_length() - 1)
+    constants = (
+        n, k, weight.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None, add,
+        block_m, config.block_n, config.block_k, units, config.stages, ahead, pdl,
+    )  # fmt: skip
+    _STREAM.launch((programs, 1, 1), args, constants, config.num_warps, config.stages, pdl=pdl)
+    return out

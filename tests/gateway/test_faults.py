@@ -276,7 +276,7 @@ async def test_a_client_that_leaves_while_it_waits(bench: Any) -> None:
     await eventually(lambda: bench.gateway.registry.waiting() == 1)
     client.cancel()
     await eventually(lambda: bench.gateway.registry.waiting() == 0, 1)
-    assert bench.gateway.proxy.buffered == 0
+    assert bench.gateway.proxy.bodies.held == 0
 
 
 def _rss() -> int:
@@ -315,7 +315,7 @@ async def test_a_connection_that_was_held_back_at_its_answers_end_is_usable(benc
     await bench.start()
     await bench.raw_upstream(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello")
     (endpoint,) = bench.gateway.registry.models["default/m"].endpoints.values()
-    upstreams = bench.gateway.proxy.upstreams
+    upstreams = bench.gateway.proxy.forwarder.upstreams
     request = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
     for _ in range(3):
         connection = await upstreams.acquire(endpoint)

@@ -62,10 +62,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True
             return []
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0.0
-
     def clone(self) -> SamplingParams:
         return msgspec.structs.replace(self)
 

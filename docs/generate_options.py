@@ -8,12 +8,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kubeinfer.options import CacheOptions, ModelOptions, ParallelOptions, SchedulerOptions, ServerOptions
+from kubeinfer.options import (
+    CacheOptions,
+    LogOptions,
+    ModelOptions,
+    ParallelOptions,
+    SchedulerOptions,
+    ServerOptions,
+)
 
 TARGET = Path(__file__).with_name("options.md")
 HEAD = """# Options
 
-Made from `runtime/kubeinfer/options.py` by `make generate`; do not edit. Each option of the first four groups is a keyword
+Made from `runtime/kubeinfer/options.py` by `make generate`; do not edit. Each option of all groups but the last is a keyword
 of `LLM(...)`, a flag of `kubeinfer serve` and, but for the ones marked *, a field of `spec.engine` (in camelCase). Flags take
 dashes or underscores; `--config FILE.yaml` reads them from a file, and flags win over it.
 """
@@ -56,6 +63,7 @@ def main() -> int:
             ("Memory", CacheOptions),
             ("Scheduler", SchedulerOptions),
             ("Parallelism", ParallelOptions),
+            ("Log", LogOptions),
             ("Server (flags only)", ServerOptions),
         )
     )

@@ -59,7 +59,7 @@ def create_public_app(proxy: Proxy) -> Callable[..., Any]:
     @app.get("/health")
     @app.get("/ping")
     async def health() -> Response:
-        return Response(status_code=503 if proxy.shutting_down or not proxy.registry.synced else 200)
+        return Response(status_code=503 if proxy.stopping.is_set() or not proxy.registry.synced else 200)
 
     async def entry(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and is_proxied(scope["path"]):
@@ -74,7 +74,7 @@ def create_public_app(proxy: Proxy) -> Callable[..., Any]:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
-                if proxy.shutting_down:
+                if proxy.stopping.is_set():
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
@@ -102,7 +102,7 @@ def create_internal_app(proxy: Proxy, health: Callable[[], str | None]) -> FastA
     @app.get("/metrics")
     async def metrics() -> Response:
         proxy.metrics.active.set(proxy.active)
-        proxy.metrics.buffered.set(proxy.buffered)
+        proxy.metrics.buffered.set(proxy.bodies.held)
         proxy.metrics.collect(proxy.registry)
         text = await asyncio.to_thread(proxy.metrics.render)  # so that no stream stands still meanwhile
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -119,7 +119,7 @@ def create_internal_app(proxy: Proxy, health: Callable[[], str | None]) -> FastA
     @app.get("/readyz")
     async def readyz() -> PlainTextResponse:
         problem = health()
-        if problem is None and proxy.shutting_down:
+        if problem is None and proxy.stopping.is_set():
             problem = "shutting down"
         if problem is None and not proxy.registry.synced:
             problem = "the models are not listed yet"

@@ -105,6 +105,11 @@ class Exchange:
         self.seen = -1
         self.seen_at = self.start
 
+    @property
+    def prompt_estimate(self) -> int:
+        """Tokens of the prompt, about: four bytes each."""
+        return self.bytes_in // 4
+
     def client_lost(self) -> None:
         """The client left: the runtime is told at once, then the request's task ends."""
         if self.connection is not None:

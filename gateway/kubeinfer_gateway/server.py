@@ -150,7 +150,7 @@ class Gateway:
 
     async def stop(self, delay: float = 0.0, timeout: float | None = None) -> None:
         """Says not ready, serves on for `delay` seconds, then finishes open requests for at most `timeout` seconds."""
-        self.proxy.shutting_down = True
+        self.proxy.stopping.set()
         if delay:
             await asyncio.sleep(delay)
         if self._servers:

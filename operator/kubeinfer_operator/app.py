@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -59,7 +58,6 @@ class Operator:
         self.autoscaler = Autoscaler(self.controller, self.gateways)
         self.reflectors: list[Reflector] = []
         self.synced = False
-        self._resynced = time.monotonic()
 
     def _reflect(self) -> None:
         ours = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
@@ -127,7 +125,6 @@ class Operator:
                     self.controller.seen(model)
         for key in self.world.caches[MODELS].keys() - seen:
             self.controller.gone(key)
-        self._resynced = time.monotonic()
 
     def health(self) -> str | None:
         """What is wrong, if anything: the operator's liveness tells the truth."""

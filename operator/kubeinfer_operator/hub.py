@@ -55,7 +55,8 @@ def _gguf_config(question: Question) -> dict[str, Any] | None:
     """The shape of a GGUF model from the first bytes of its file; None where the hub does not give them."""
     import requests
 
-    from kubeinfer.weights.download import make_request, resolve_any
+    from kubeinfer.weights.download import resolve_any
+    from kubeinfer.weights.request import make_request
 
     source, include, exclude, token = question
     request = make_request(source, include=include, exclude=exclude, token=token or None)

@@ -55,8 +55,10 @@ def read_files(
     for path in paths:
         try:
             documents = [d for d in yaml.safe_load_all(path.read_text(encoding="utf-8")) if d is not None]
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise LocalError(f"{path}: {error}") from None
+        except OSError as error:
+            raise LocalError(f"cannot read {path}: {error.strerror}") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise LocalError(f"{path} is not YAML: {error}") from None
         ours = [d for d in documents if isinstance(d, dict) and d.get("kind") == KIND]
         if not ours:
             raise LocalError(f"{path}: holds no {KIND} ({API_VERSION})")

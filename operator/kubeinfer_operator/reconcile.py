@@ -52,7 +52,7 @@ def reconcile(model: Manifest, world: World, now: datetime) -> Outcome:
         _ready(model, world, runtime, tuple(served_names(name, spec)), out)
         if runtime.complete and weights.ready:
             _collect(model, spec, world, weights, out)
-    _finish(model, spec, runtime, out, now)
+    _finish(model, spec, out, now)
     return out
 
 
@@ -125,9 +125,7 @@ _WAITING = (
 )
 
 
-def _phase(
-    spec: InferenceModelSpec | None, runtime: RuntimeState, findings: dict[str, Finding], *, fetching: bool
-) -> str:
+def _phase(spec: InferenceModelSpec | None, findings: dict[str, Finding], *, fetching: bool) -> str:
     ready = findings[READY]
     blocking = _blocking(list(findings.values()))
     if ready.status == "True":
@@ -149,9 +147,7 @@ def _phase(
     )
 
 
-def _finish(
-    model: Manifest, spec: InferenceModelSpec | None, runtime: RuntimeState, out: Outcome, now: datetime
-) -> None:
+def _finish(model: Manifest, spec: InferenceModelSpec | None, out: Outcome, now: datetime) -> None:
     """Conditions, phase and message into the status; what was not looked at is kept."""
     before: dict[str, Any] = model.get("status") or {}
     generation = int(model["metadata"].get("generation", 1))
@@ -159,7 +155,7 @@ def _finish(
     for finding in out.findings:
         first.setdefault(finding.type, finding)
     blocking = _blocking(out.findings)
-    out.status["phase"] = _phase(spec, runtime, first, fetching=out.follow is not None)
+    out.status["phase"] = _phase(spec, first, fetching=out.follow is not None)
     if blocking is not None:
         out.status["message"] = f"{blocking.type}: {blocking.message}"[:512]
     elif first[READY].status != "True":

@@ -52,10 +52,6 @@ class ModelConfig:
     layer_windows: tuple[int, ...]  # sliding window of each layer, 0: all tokens
     quantization: QuantizationConfig | None = None
 
-    @property
-    def is_gguf(self) -> bool:
-        return self.path.is_file() and self.path.suffix == ".gguf"
-
     def kv_bytes_per_token(self, itemsize: int = 2) -> int:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 

@@ -127,7 +127,7 @@ class CacheOptions(_Options):
     kv_cache_memory_bytes: int | None = Field(
         None,
         gt=0,
-        description="KV cache a device, exact; overrides the two options above.",
+        description="KV cache a device, exact; gpu_memory_utilization and cpu_kvcache_space then have no say.",
         json_schema_extra=_extra(unit="bytes"),
     )
     num_gpu_blocks_override: int | None = Field(
@@ -208,12 +208,16 @@ class ParallelOptions(_Options):
     disable_custom_all_reduce: bool = Field(False, description="Use NCCL for every all-reduce.")
 
 
-class EngineOptions(ModelOptions, CacheOptions, SchedulerOptions, ParallelOptions):
-    """All options of an engine: the keywords of ``LLM(...)``."""
+class LogOptions(_Options):
+    """What an engine tells of itself."""
 
     disable_log_stats: bool = Field(
         False, description="No log line of throughput and cache use.", json_schema_extra=_extra(pod=False)
     )
+
+
+class EngineOptions(ModelOptions, CacheOptions, SchedulerOptions, ParallelOptions, LogOptions):
+    """All options of an engine: the keywords of ``LLM(...)``."""
 
 
 class ServerOptions(_Options):

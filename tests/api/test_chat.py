@@ -150,6 +150,9 @@ def test_models_and_probes(client: httpx.Client) -> None:
     models = client.get("/v1/models").json()["data"]
     assert [model["id"] for model in models] == ["scripted", "second:name"]
     assert models[0]["max_model_len"] == 512
+    assert models[0]["default_sampling_params"] == {
+        "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": None,
+    }  # fmt: skip
     assert client.get("/v1/models/second:name").json()["id"] == "second:name"
     assert client.get("/health").status_code == 200
     assert client.get("/ping").status_code == 200

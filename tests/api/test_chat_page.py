@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,45 @@ def test_chatting(slow: Running, page: Page) -> None:
     assert page.run("return document.querySelectorAll('.turn').length") == 0
     refused = [line for line in page.console() if "401" not in line and "[DOM]" not in line]
     assert refused == []
+
+
+SHOWN = "return document.getElementById(arguments[0]).parentElement.querySelector('output').textContent"
+SENT = "const { messages, stream, stream_options, model, ...rest } = requestBody(); return rest"
+
+
+@needs_browser
+def test_untouched_controls_leave_the_model_its_defaults(folder: Path, page: Page, tmp_path: Path) -> None:
+    own = tmp_path / "model"
+    shutil.copytree(folder, own)
+    (own / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "do_sample": true}')
+    with running(scripted_engine(own, max_model_len=256)) as server:
+        loaded = "return document.getElementById('model').value !== ''"
+        page.open(server.url + "/")
+        page.wait(loaded)
+        shown = [page.run(SHOWN, name) for name in ("temperature", "top_k", "top_p", "max_tokens")]
+        assert shown == ["default: 0.6", "default: 20", "default: 1", "default"]
+        assert page.run("return document.getElementById('temperature').value") == "0.6"
+        assert page.run(SENT) == {}
+        page.type("#prompt", "Hello\n")
+        page.wait(DONE)
+        request = server.core.requests[-1]
+        params = request.params
+        assert (params.temperature, params.top_k, params.top_p) == (0.6, 20, 1.0)
+        assert len(request.prompt_token_ids) + request.max_tokens == 256
+
+        page.run(
+            "const e = document.getElementById('top_k'); e.value = 7; e.dispatchEvent(new Event('input'));"
+        )
+        page.open(server.url + "/")
+        page.wait(loaded)
+        assert [page.run(SHOWN, "top_k"), page.run(SHOWN, "temperature")] == ["7", "default: 0.6"]
+        assert page.run(SENT) == {"top_k": 7}
+        page.click("#defaults")
+        assert page.run(SHOWN, "top_k") == "default: 20"
+        assert page.run(SENT) == {}
+        # Another server may tell no defaults.
+        assert page.run("cards.clear(); showSliders(); " + SHOWN, "temperature") == "default"
+        assert page.run(SENT) == {}
 
 
 @needs_browser

@@ -78,6 +78,7 @@ def test_underscores_and_the_model_flag() -> None:
         (["m", "--max-modl-len", "5"], "unknown flag --max-modl-len; did you mean --max-model-len?"),
         (["m", "--prot=5"], "did you mean --port?"),
         (["m", "--zzz"], "unknown flag --zzz"),
+        (["m", "--enforce-eager=true"], "--no-enforce-eager: takes no value, got 'true'"),
         (["m", "--enable-lora"], "LoRA adapters are not supported yet"),
         (["m", "--port", "many"], "--port"),
         (["m", "--dtype", "int3"], "float16"),

@@ -1,12 +1,9 @@
-"""Endpoints that fail, leave and come back; clients that leave or read slowly; and the gateway's own end."""
+"""Endpoints that fail, leave and come back; clients that leave or read slowly."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,23 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from gateway.helpers import eventually, free_port, read_all, status_of
 from kubeinfer_gateway.registry import EndpointSpec, ModelSpec
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-async def eventually(check: Any, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        if time.monotonic() > deadline:
-            raise AssertionError("did not come true in time")
-        await asyncio.sleep(0.01)
 
 
 async def test_a_dead_endpoint_is_passed_over(bench: Any) -> None:
@@ -248,7 +230,7 @@ async def test_a_client_that_leaves_cancels_upstream(bench: Any, delay: float) -
     runtime = await bench.runtime(tokens=10_000, pause=0.01, delay=delay)
     await bench.start()
     bench.serve("m", runtime)
-    clients = [asyncio.create_task(_read(bench)) for _ in range(20)]
+    clients = [asyncio.create_task(read_all(bench)) for _ in range(20)]
     await eventually(lambda: runtime.running == 20)
     await asyncio.sleep(0.2)
     for client in clients:
@@ -264,19 +246,14 @@ async def test_a_client_that_leaves_cancels_upstream(bench: Any, delay: float) -
     assert all(endpoint.inflight == 0 for endpoint in model.endpoints.values())
 
 
-async def _read(bench: Any) -> None:
-    async with bench.chat(stream=True) as response:
-        await response.read()
-
-
 async def test_a_client_that_leaves_while_it_waits(bench: Any) -> None:
     await bench.start()
     bench.serve("m")
-    client = asyncio.create_task(_read(bench))
+    client = asyncio.create_task(read_all(bench))
     await eventually(lambda: bench.gateway.registry.waiting() == 1)
     client.cancel()
     await eventually(lambda: bench.gateway.registry.waiting() == 0, 1)
-    assert bench.gateway.proxy.buffered == 0
+    assert bench.gateway.proxy.bodies.held == 0
 
 
 def _rss() -> int:
@@ -315,7 +292,7 @@ async def test_a_connection_that_was_held_back_at_its_answers_end_is_usable(benc
     await bench.start()
     await bench.raw_upstream(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello")
     (endpoint,) = bench.gateway.registry.models["default/m"].endpoints.values()
-    upstreams = bench.gateway.proxy.upstreams
+    upstreams = bench.gateway.proxy.forwarder.upstreams
     request = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
     for _ in range(3):
         connection = await upstreams.acquire(endpoint)
@@ -339,7 +316,7 @@ async def test_a_request_that_is_always_refused_does_not_stop_others(bench: Any)
     await bench.start()
     bench.serve("m", runtime)
     runtime.draining = True
-    refused = asyncio.create_task(_status(bench))
+    refused = asyncio.create_task(status_of(bench))
     await asyncio.sleep(0.3)
     status, _, body = await asyncio.wait_for(refused, 25)
     assert status == 503
@@ -379,244 +356,5 @@ async def test_least_load(bench: Any) -> None:
     runtimes = [await bench.runtime(name=f"r{number}", delay=0.5) for number in range(4)]
     await bench.start(routing="least-load")
     bench.serve("m", *runtimes)
-    await asyncio.gather(*(_status(bench) for _ in range(12)))
+    await asyncio.gather(*(status_of(bench) for _ in range(12)))
     assert [len(runtime.requests) for runtime in runtimes] == [3, 3, 3, 3]
-
-
-async def _status(bench: Any, **body: Any) -> tuple[int, str | None, bytes]:
-    async with bench.chat(**body) as response:
-        return response.status, response.headers.get("retry-after"), await response.read()
-
-
-# Scale to zero
-
-
-async def test_requests_wait_for_a_replica(bench: Any) -> None:
-    runtime = await bench.runtime(tokens=3)
-    await bench.start()
-    bench.serve("m")
-    requests = [asyncio.create_task(_status(bench, stream=bool(number % 2))) for number in range(20)]
-    await eventually(lambda: bench.gateway.registry.waiting() == 20)
-    async with bench.client.get(bench.internal + "/demand") as response:
-        demand = await response.json()
-    assert demand == {
-        "models": {
-            "default/m": {
-                "waiting": 20,
-                "inflight": 0,
-                "last_request": demand["models"]["default/m"]["last_request"],
-            }
-        }
-    }
-    assert abs(demand["models"]["default/m"]["last_request"] - time.time()) < 5
-    bench.serve("m", runtime)
-    assert {status for status, _, _ in await asyncio.gather(*requests)} == {200}
-    assert bench.gateway.registry.waiting() == 0
-
-
-async def test_the_queue_is_bounded(bench: Any) -> None:
-    runtime = await bench.runtime()
-    await bench.start(queue_size=5)
-    bench.serve("m")
-    requests = [asyncio.create_task(_status(bench)) for _ in range(8)]
-    begin = time.monotonic()
-    await eventually(lambda: sum(request.done() for request in requests) == 3)
-    assert time.monotonic() - begin < 1
-    refused = [request.result() for request in requests if request.done()]
-    assert {(status, retry) for status, retry, _ in refused} == {(429, "5")}
-    assert json.loads(refused[0][2])["error"]["code"] == "queue_full"
-    bench.serve("m", runtime)
-    assert sorted(status for status, _, _ in await asyncio.gather(*requests)) == [200] * 5 + [429] * 3
-
-
-async def test_all_queues_together_are_bounded(bench: Any) -> None:
-    await bench.start(queue_total=3, queue_timeout=1)
-    for name in ("a", "b"):
-        bench.serve(name)
-    answers = await asyncio.gather(*(_status(bench, model=name) for name in ("a", "b") * 3))
-    assert sorted(status for status, _, _ in answers) == [429, 429, 429, 503, 503, 503]
-
-
-async def test_the_deadline(bench: Any) -> None:
-    await bench.start(queue_timeout=0.4)
-    bench.gateway.registry.put(ModelSpec("default/m", ("m",), 1.0, note="Pulling: 12% of 5 GB"))
-    begin = time.monotonic()
-    status, retry, body = await _status(bench)
-    assert (status, retry) == (503, "10")
-    assert 0.35 < time.monotonic() - begin < 2
-    error = json.loads(body)["error"]
-    assert error["code"] == "model_not_ready"
-    assert "Pulling: 12% of 5 GB" in error["message"]
-
-
-async def test_comments_keep_a_waiting_stream_alive(bench: Any) -> None:
-    runtime = await bench.runtime(tokens=3)
-    await bench.start(sse_keepalive=0.1)
-    bench.serve("m")
-    async with bench.chat(stream=True) as response:
-        assert response.status == 200
-        assert response.headers["content-type"].startswith("text/event-stream")
-        assert await response.content.readuntil(b"\n\n") == b": waiting for a replica\n\n"
-        assert await response.content.readuntil(b"\n\n") == b": waiting for a replica\n\n"
-        bench.serve("m", runtime)
-        rest = await response.read()
-    events = [line for line in rest.split(b"\n\n") if line and not line.startswith(b":")]
-    assert len(events) == 4
-    assert events[-1] == b"data: [DONE]"
-    assert bench.gateway.proxy.active == 0
-
-
-async def test_a_started_stream_ends_with_an_error_event(bench: Any) -> None:
-    await bench.start(sse_keepalive=0.1, queue_timeout=0.3)
-    bench.serve("m")
-    status, _, body = await _status(bench, stream=True)
-    assert status == 200
-    error = json.loads(body.rpartition(b"data: ")[2])["error"]
-    assert (error["status"], error["code"], error["retry_after"]) == (503, "model_not_ready", 10)
-    refusing = await bench.runtime(status=400)
-    request = asyncio.create_task(_status(bench, stream=True))
-    await asyncio.sleep(0.2)
-    bench.serve("m", refusing)
-    status, _, body = await request
-    assert json.loads(body.rpartition(b"data: ")[2]) == {"error": {"message": "status 400"}}
-
-
-async def test_a_model_that_is_deleted_or_suspended_while_requests_wait(bench: Any) -> None:
-    await bench.start()
-    bench.serve("m")
-    requests = [asyncio.create_task(_status(bench)) for _ in range(3)]
-    await eventually(lambda: bench.gateway.registry.waiting() == 3)
-    bench.gateway.registry.remove("default/m")
-    assert [status for status, _, _ in await asyncio.gather(*requests)] == [404] * 3
-    bench.gateway.registry.put(ModelSpec("default/m", ("m",), 1.0, suspended=True))
-    status, retry, body = await _status(bench)
-    assert (status, retry, json.loads(body)["error"]["code"]) == (503, "60", "model_suspended")
-
-
-async def test_nothing_is_known_yet(bench: Any) -> None:
-    await bench.start()
-    bench.gateway.registry.synced = False
-    status, retry, _ = await _status(bench)
-    assert (status, retry) == (503, "1")
-    async with bench.client.get(bench.internal + "/readyz") as response:
-        assert response.status == 503
-    async with bench.client.get(bench.internal + "/healthz") as response:
-        assert response.status == 200
-
-
-# The process
-
-
-async def _get(client: aiohttp.ClientSession, url: str) -> int:
-    try:
-        async with client.get(url) as response:
-            return int(response.status)
-    except aiohttp.ClientError:
-        return 0
-
-
-async def test_sigterm_loses_no_stream(bench: Any, tmp_path: Path) -> None:
-    """The real process: not ready at once, serving still, then no new connections, and open streams run to their end."""
-    runtime = await bench.runtime(tokens=30, pause=0.1)
-    port, internal = free_port(), free_port()
-    upstreams = tmp_path / "models.yaml"
-    upstreams.write_text(
-        json.dumps({"models": [{"name": "ns/m", "served_names": ["m"], "urls": [runtime.url]}]})
-    )
-    process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
-        [
-            sys.executable,
-            "-m",
-            "kubeinfer_gateway",
-            "--host=127.0.0.1",
-            f"--port={port}",
-            f"--internal-port={internal}",
-            "--discovery=static",
-            f"--upstream-file={upstreams}",
-            "--shutdown-delay=1.5",
-        ],
-        env={"PYTHONPATH": str(ROOT / "gateway"), "PATH": "/usr/bin:/bin"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    bench.stack.callback(process.kill)
-    url, health = f"http://127.0.0.1:{port}/v1/chat/completions", f"http://127.0.0.1:{internal}/readyz"
-
-    async def stream(client: aiohttp.ClientSession) -> tuple[int, bool, str | None]:
-        async with client.post(url, json={"model": "m", "messages": [], "stream": True}) as response:
-            body = await response.read()
-            return response.status, body.endswith(b"data: [DONE]\n\n"), response.headers.get("connection")
-
-    async with aiohttp.ClientSession() as client:
-        for _ in range(200):
-            if await _get(client, health) == 200:
-                break
-            await asyncio.sleep(0.05)
-        early = [asyncio.create_task(stream(client)) for _ in range(10)]
-        await asyncio.sleep(0.5)
-        process.terminate()
-        await asyncio.sleep(0.3)
-        assert await _get(client, health) == 503
-        late = [asyncio.create_task(stream(client)) for _ in range(10)]
-        assert await asyncio.gather(*early) == [(200, True, None)] * 10
-        assert await asyncio.gather(*late) == [(200, True, "close")] * 10
-        assert await asyncio.to_thread(process.wait, 5) == 0
-    out, err = process.communicate()
-    assert len(out.splitlines()) == 20
-    assert {json.loads(line)["model"] for line in out.splitlines()} == {"m"}
-    assert b"Traceback" not in err
-
-
-async def test_a_kept_connection_is_not_closed_in_the_clients_face(bench: Any) -> None:
-    """The next request on a connection whose stream ended while the gateway shuts down is answered, then it closes."""
-    runtime = await bench.runtime(tokens=5, pause=0.1)
-    await bench.start()
-    bench.serve("m", runtime)
-    body = json.dumps({"model": "m", "messages": [], "stream": True}).encode()
-    request = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-    )
-    reader, writer = await asyncio.open_connection("127.0.0.1", bench.gateway.port)
-    writer.write(request)
-    await reader.readuntil(b"\r\n\r\n")
-    stopping = asyncio.create_task(bench.gateway.stop(0, 10))
-    await reader.readuntil(b"\r\n0\r\n\r\n")
-    await asyncio.sleep(0.2)
-    writer.write(request)
-    second = await asyncio.wait_for(reader.read(), 5)
-    assert second.startswith(b"HTTP/1.1 200 OK")
-    assert b"connection: close\r\n" in second
-    assert second.endswith(b"\r\n0\r\n\r\n")
-    writer.close()
-    await asyncio.wait_for(stopping, 5)
-
-
-async def test_sigterm_ends_what_lasts_too_long(bench: Any) -> None:
-    runtime = await bench.runtime(tokens=1000, pause=0.1)
-    await bench.start()
-    bench.serve("m", runtime)
-    bench.serve("asleep")
-    request = asyncio.create_task(_read(bench))
-    waiting = asyncio.create_task(_status(bench, model="asleep"))
-    await eventually(lambda: runtime.running == 1 and bench.gateway.registry.waiting() == 1)
-    await bench.gateway.stop(0, 1)
-    with pytest.raises(aiohttp.ClientError):
-        await request
-    status, retry, _ = await waiting
-    assert (status, retry) == (503, "1")
-    await eventually(lambda: runtime.running == 0, 1)
-
-
-async def test_the_upstream_file_is_read_again(bench: Any, tmp_path: Path) -> None:
-    one, two = await bench.runtime(name="one"), await bench.runtime(name="two")
-    file = tmp_path / "models.yaml"
-    file.write_text(f"models:\n- name: m\n  urls: [{one.url}]\n")
-    await bench.start(discovery="static", upstream_file=str(file))
-    assert (await _status(bench))[0] == 200
-    file.write_text(f"models:\n- name: m\n  urls: [{two.url}]\n- name: n\n")
-    await eventually(lambda: bench.gateway.registry.names() == ["m", "n"])
-    await _status(bench)
-    assert len(two.requests) == 1
-    file.write_text("models: nonsense")
-    await asyncio.sleep(1.2)
-    assert bench.gateway.registry.names() == ["m", "n"]

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.fake_kubernetes import FakeKubernetes
+from gateway.helpers import eventually
 from kubeinfer_gateway.discovery.kubernetes import KubernetesDiscovery, watch_secret
 from kubeinfer_gateway.registry import Registry
-
-
-async def eventually(check: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = asyncio.get_running_loop().time() + seconds
-    while not check():
-        if asyncio.get_running_loop().time() > deadline:
-            raise AssertionError("did not come true in time")
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture

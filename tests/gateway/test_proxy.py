@@ -183,7 +183,7 @@ async def test_a_body_too_large(bench: Any) -> None:
 
     async with bench.client.post(bench.url + "/v1/completions", data=pieces()) as response:
         assert response.status == 413
-    assert bench.gateway.proxy.buffered == 0
+    assert bench.gateway.proxy.bodies.held == 0
 
 
 async def test_bodies_together_are_bounded(bench: Any) -> None:
@@ -196,7 +196,7 @@ async def test_bodies_together_are_bounded(bench: Any) -> None:
             return int(response.status)
 
     assert sorted(await asyncio.gather(*(one() for _ in range(4)))) == [200, 200, 429, 429]
-    assert bench.gateway.proxy.buffered == 0
+    assert bench.gateway.proxy.bodies.held == 0
     assert await one() == 200
 
 
@@ -380,7 +380,7 @@ async def test_a_fault_of_the_gateways_own(
     assert "request abc failed" in caplog.text
     async with bench.chat() as response:
         assert response.status == 200
-    assert bench.gateway.proxy.buffered == 0
+    assert bench.gateway.proxy.bodies.held == 0
 
 
 async def test_access_log(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,8 +34,8 @@ async def _settled(bench: Any, runtimes: list[Any]) -> None:
         await asyncio.sleep(0.02)
     proxy, registry = bench.gateway.proxy, bench.gateway.registry
     assert proxy.active == 0
-    assert proxy.buffered == 0
-    assert not proxy._streams
+    assert proxy.bodies.held == 0
+    assert not proxy.forwarder.streams
     assert registry.waiting() == 0
     for model in registry.models.values():
         assert model.inflight == 0

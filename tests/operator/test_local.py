@@ -81,6 +81,14 @@ def test_mistakes_are_named(tmp_path: Path, documents: list[dict[str, Any]], wor
         read_files([write(tmp_path / "m.yaml", *documents)])
 
 
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(LocalError, match=r"^cannot read .*none\.yaml: No such file or directory$"):
+        read_files([tmp_path / "none.yaml"])
+    (tmp_path / "torn.yaml").write_text("a: [1", encoding="utf-8")
+    with pytest.raises(LocalError, match=r"torn\.yaml is not YAML: "):
+        read_files([tmp_path / "torn.yaml"])
+
+
 def test_examples_are_valid() -> None:
     files = sorted((ROOT / "examples").glob("*.yaml"))
     assert files

@@ -10,7 +10,6 @@ from pydantic.alias_generators import to_camel
 from kubeinfer.options import EngineOptions
 
 QUANTITY = r"^[0-9]+(\.[0-9]+)?([eE][0-9]+|m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi|E|Ei)?$"
-DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 HUB_URI = r"^(modelscope|hf)://[^/\s]+/\S+$"
 MODEL_URI = r"^((modelscope|hf)://[^/\s]+/\S+|pvc://[^/\s]+(/\S*)?|file:///\S+|[^/\s:]+/[^\s:]+)$"
 

@@ -10,6 +10,8 @@ from starlette.responses import Response
 
 from kubeinfer.api.responses import BytesResponse
 from kubeinfer.api.state import ServerState, state_of
+from kubeinfer.sampling_params import SamplingParams
+from kubeinfer.text.input_processor import DEFAULTED_PARAMS
 
 router = APIRouter()
 
@@ -23,7 +25,15 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
         "root": state.options.model,
         "parent": None,
         "max_model_len": state.max_model_len,
+        "default_sampling_params": _defaults(state),
     }
+
+
+def _defaults(state: ServerState) -> dict[str, Any]:
+    """What holds where a chat request leaves it out; ``max_tokens`` of None is the rest of the context."""
+    own = state.engine.default_sampling_params
+    plain = SamplingParams(max_tokens=None)
+    return {name: own.get(name, getattr(plain, name)) for name in DEFAULTED_PARAMS}
 
 
 @router.get("/v1/models")

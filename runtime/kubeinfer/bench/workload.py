@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,8 +195,3 @@ def sharegpt_requests(
             "dataset_path",
         )
     return found
-
-
-def total_lengths(requests: Sequence[BenchRequest]) -> tuple[int, int]:
-    """Tokens of all prompts (those whose length is known) and of all outputs."""
-    return sum(r.prompt_len or 0 for r in requests), sum(r.output_len for r in requests)

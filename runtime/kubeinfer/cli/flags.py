@@ -51,6 +51,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace("ignored explicit argument", "takes no value, got")
         self.exit(2, f"error: {message}\nSee '{self.prog} --help'.\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -110,13 +111,6 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class _BooleanFlag(argparse.BooleanOptionalAction):
-    """``--flag`` and ``--no-flag``; for compatibility ``--flag=true`` is not taken."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-
-
 def _plain_type(annotation: Any) -> Any:
     """``X`` of ``X | None``."""
     if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
@@ -151,7 +145,7 @@ def _arguments(field: FieldInfo) -> dict[str, Any]:
     """``add_argument``'s keywords for one option."""
     kind = _plain_type(field.annotation)
     if kind is bool:
-        return {"action": _BooleanFlag}
+        return {"action": argparse.BooleanOptionalAction}
     origin = get_origin(kind)
     if origin is Literal:
         choices = list(get_args(kind))
@@ -176,10 +170,8 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
 
 
 def _help(field: FieldInfo) -> str:
+    """The description and the default; the unit stands in the flag's metavar."""
     text = field.description or ""
-    unit = _extra(field).get("unit")
-    if unit:
-        text += f" In {unit}."
     if field.default not in (None, "", False) and not isinstance(field.default, bool):
         shown = " ".join(map(str, field.default)) if isinstance(field.default, list) else field.default
         text += f" Default: {shown}."

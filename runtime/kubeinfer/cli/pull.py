@@ -14,10 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kubeinfer.weights.download import FetchResult, fetch_result, make_request, verify
+from kubeinfer.weights.download import fetch_result
 from kubeinfer.weights.errors import InvalidModelId, StorageError, WeightsError, format_bytes
 from kubeinfer.weights.plan import resolve
 from kubeinfer.weights.progress import Bar, JsonLines, ProgressCallback, ignore_progress
+from kubeinfer.weights.request import FetchResult, make_request
+from kubeinfer.weights.verify import verify
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143

@@ -7,12 +7,12 @@ from torch import Tensor
 from kubeinfer.kernels.cpu.decoder import DecoderShape, DecoderStack, LayerWeights, decoder_stack
 from kubeinfer.kernels.linear import few_rows
 from kubeinfer.layers.attention import SelfAttention, StepContext
-from kubeinfer.layers.embedding import VocabEmbedding
 from kubeinfer.layers.mlp import GatedMLP
 from kubeinfer.layers.norm import RMSNorm
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.layers.rotary import rope_table
 from kubeinfer.model_config import ModelConfig
+from kubeinfer.models.causal_lm import CausalLM
 
 
 class DecoderLayer:
@@ -73,39 +73,24 @@ class DecoderLayer:
         )  # fmt: skip
 
 
-class LlamaForCausalLM:
+class LlamaForCausalLM(CausalLM):
     """The model of one rank. Subclasses say how their attention differs."""
 
     qkv_bias = False
     qk_norm = False
 
     def __init__(self, config: ModelConfig, store: ParameterStore):
-        self.config = config
-        self.group = store.group
-        stage, tied, total = store.stage, config.tie_word_embeddings, config.num_layers
-        shape = (config.vocab_size, config.hidden_size)
-        self.embedding = VocabEmbedding(store, "model.embed_tokens", *shape) if stage.first else None
+        super().__init__(config, store, "model", config.hidden_size, last_only=("norm",))
         trained = int(config.hf_config.get("max_position_embeddings") or config.max_model_len)
         cos_sin = rope_table(config.rope, config.head_dim, config.max_model_len, trained).to(store.device)
         self.layers = [
             DecoderLayer(store, config, layer, self.attention(store, config, layer, cos_sin))
-            for layer in stage.layers(total)
+            for layer in store.stage.layers(config.num_layers)
         ]
-        elsewhere = stage.layers_elsewhere("model.layers", total)
         self.norm: RMSNorm | None = None
-        self.head: VocabEmbedding | None = None
-        if stage.last:
+        if store.stage.last:
             self.norm = RMSNorm(store, "model.norm", config.hidden_size, config.norm_eps)
-            if tied and self.embedding is not None:
-                self.head = self.embedding
-            else:
-                self.head = VocabEmbedding(store, "model.embed_tokens" if tied else "lm_head", *shape)
-        else:
-            elsewhere += ["model.norm.", "lm_head."]
-        if not (stage.first or (stage.last and tied)):
-            elsewhere.append("model.embed_tokens.")
-        self.optional_weights = frozenset({"lm_head.weight"} if tied else ())
-        self.weights_elsewhere = tuple(elsewhere)  # beginnings of names that belong to other stages
+        self.make_head(store)
         self.stack: DecoderStack | None = None
 
     def attention(
@@ -167,9 +152,3 @@ class LlamaForCausalLM:
         if residual is None:
             return self.norm(hidden, None)[0]
         return self.norm.of_sum(self.group, hidden, residual)[0]
-
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """``hidden [N, H]`` -> ``[N, vocab_size]``; into ``out`` where given. The last stage's."""
-        if self.head is None:
-            raise RuntimeError("only the last stage has the output head")
-        return self.head.logits(hidden, out)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from kubeinfer.errors import ModelLoadError
 from kubeinfer.layers.attention import SelfAttention, StepContext
-from kubeinfer.layers.embedding import VocabEmbedding
 from kubeinfer.layers.linear import ReplicatedLinear
 from kubeinfer.layers.mlp import PlainMLP
 from kubeinfer.layers.norm import LayerNorm
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.model_config import ModelConfig
+from kubeinfer.models.causal_lm import CausalLM
 
 _POSITION_OFFSET = 2  # OPT's learned positions start at index 2
 _PREFIX = "model.decoder"
@@ -47,7 +47,7 @@ class OPTLayer:
         return self.mlp_norm(hidden + self.mlp(hidden))
 
 
-class OPTForCausalLM:
+class OPTForCausalLM(CausalLM):
     """Zhang et al. 2022, "OPT: Open Pre-trained Transformer Language Models"."""
 
     def __init__(self, config: ModelConfig, store: ParameterStore):
@@ -56,48 +56,28 @@ class OPTForCausalLM:
             raise ModelLoadError(
                 f"OPT with activation {hf['activation_function']!r} is not supported, only relu."
             )
-        self.config = config
         norm_first = bool(hf.get("do_layer_norm_before", True))
-        width = int(hf.get("word_embed_proj_dim") or config.hidden_size)
-        stage, tied, total = store.stage, config.tie_word_embeddings, config.num_layers
-        projected = width != config.hidden_size
-        elsewhere = stage.layers_elsewhere(f"{_PREFIX}.layers", total)
-        self.embedding: VocabEmbedding | None = None
+        hidden, width = config.hidden_size, int(hf.get("word_embed_proj_dim") or config.hidden_size)
+        projected = width != hidden
+        stage = store.stage
+        super().__init__(
+            config, store, _PREFIX, width,
+            first_only=("embed_positions", "project_in"), last_only=("final_layer_norm", "project_out"),
+        )  # fmt: skip
         self.project_in: ReplicatedLinear | None = None
         if stage.first:
-            self.embedding = VocabEmbedding(store, f"{_PREFIX}.embed_tokens", config.vocab_size, width)
-            self.positions = store.empty(
-                int(hf["max_position_embeddings"]) + _POSITION_OFFSET, config.hidden_size
-            )
+            self.positions = store.empty(int(hf["max_position_embeddings"]) + _POSITION_OFFSET, hidden)
             store.expect(f"{_PREFIX}.embed_positions.weight", self.positions)
             if projected:
-                self.project_in = ReplicatedLinear(
-                    store, f"{_PREFIX}.project_in", config.hidden_size, width, False
-                )
-        else:
-            elsewhere += [f"{_PREFIX}.embed_positions.", f"{_PREFIX}.project_in."]
+                self.project_in = ReplicatedLinear(store, f"{_PREFIX}.project_in", hidden, width, False)
         self.project_out: ReplicatedLinear | None = None
         if stage.last and projected:
-            self.project_out = ReplicatedLinear(
-                store, f"{_PREFIX}.project_out", width, config.hidden_size, False
-            )
-        self.layers = [OPTLayer(store, config, layer, norm_first) for layer in stage.layers(total)]
+            self.project_out = ReplicatedLinear(store, f"{_PREFIX}.project_out", width, hidden, False)
+        self.layers = [OPTLayer(store, config, i, norm_first) for i in stage.layers(config.num_layers)]
         self.norm: LayerNorm | None = None
-        self.head: VocabEmbedding | None = None
-        if stage.last:
-            if norm_first and not hf.get("_remove_final_layer_norm", False):
-                self.norm = LayerNorm(store, f"{_PREFIX}.final_layer_norm", config.hidden_size)
-            if tied and self.embedding is not None:
-                self.head = self.embedding
-            else:
-                name = f"{_PREFIX}.embed_tokens" if tied else "lm_head"
-                self.head = VocabEmbedding(store, name, config.vocab_size, width)
-        else:
-            elsewhere += [f"{_PREFIX}.final_layer_norm.", f"{_PREFIX}.project_out.", "lm_head."]
-        if not (stage.first or (stage.last and tied)):
-            elsewhere.append(f"{_PREFIX}.embed_tokens.")
-        self.optional_weights = frozenset({"lm_head.weight"} if tied else ())
-        self.weights_elsewhere = tuple(elsewhere)  # beginnings of names that belong to other stages
+        if stage.last and norm_first and not hf.get("_remove_final_layer_norm", False):
+            self.norm = LayerNorm(store, f"{_PREFIX}.final_layer_norm", hidden)
+        self.make_head(store)
 
     def finish_loading(self) -> None:
         for layer in self.layers:
@@ -127,9 +107,3 @@ class OPTForCausalLM:
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden if self.project_out is None else self.project_out(hidden)
-
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """``hidden [N, H]`` -> ``[N, vocab_size]``; into ``out`` where given. The last stage's."""
-        if self.head is None:
-            raise RuntimeError("only the last stage has the output head")
-        return self.head.logits(hidden, out)

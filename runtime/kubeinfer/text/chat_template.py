@@ -205,7 +205,7 @@ class ChatTemplate:
             raise RequestError(
                 f"the chat template failed on these messages: {type(exc).__name__}: {exc}", "messages"
             ) from None
-        return _cut(text, chat[-1]) if continue_final_message else text
+        return _cut(text) if continue_final_message else text
 
 
 def _message(message: Mapping[str, Any], index: int, as_parts: bool) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _mark(message: dict[str, Any]) -> None:
         content.append({"type": "text", "text": _TAG})
 
 
-def _cut(text: str, final: dict[str, Any]) -> str:
+def _cut(text: str) -> str:
     at = text.rfind(_TAG)
     if at < 0:
         raise RequestError(

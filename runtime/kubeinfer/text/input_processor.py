@@ -30,6 +30,8 @@ _GENERATION_DEFAULTS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
+# The sampling parameters that a generation_config can give defaults for.
+DEFAULTED_PARAMS = tuple(_GENERATION_DEFAULTS.values())
 
 
 @dataclass(slots=True)

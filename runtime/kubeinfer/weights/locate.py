@@ -16,7 +16,7 @@ from kubeinfer.weights.sources.local import LocalSource
 from kubeinfer.weights.uri import ModelSource, parse
 
 if TYPE_CHECKING:
-    from kubeinfer.weights.download import FetchRequest
+    from kubeinfer.weights.request import FetchRequest
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -49,7 +49,8 @@ def resolve_model_path(
         )
     if source.scheme == "file":
         return local_path(source, weights=weights)
-    from kubeinfer.weights.download import fetch_result, make_request
+    from kubeinfer.weights.download import fetch_result
+    from kubeinfer.weights.request import make_request
 
     request = make_request(
         source,

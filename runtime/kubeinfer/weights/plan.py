@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from kubeinfer.weights.download import make_request, resolve_any
+from kubeinfer.weights.download import resolve_any
 from kubeinfer.weights.errors import HubUnavailable, WeightsError
+from kubeinfer.weights.request import make_request
 from kubeinfer.weights.sources import RemoteFile, ResolvedModel, WeightSource
 from kubeinfer.weights.uri import ModelSource
 

@@ -16,9 +16,11 @@ import pytest
 
 from hub import Fault, HubServer
 from kubeinfer.weights import errors
-from kubeinfer.weights.download import fetch, fetch_result, make_request, verify
+from kubeinfer.weights.download import fetch, fetch_result
 from kubeinfer.weights.progress import ProgressEvent
+from kubeinfer.weights.request import make_request
 from kubeinfer.weights.transfer import TransferOptions
+from kubeinfer.weights.verify import verify
 
 from .conftest import MODEL, WEIGHTS_SIZE, write_model
 
@@ -29,7 +31,7 @@ SHARD = "model-00001-of-00002.safetensors"
 @pytest.fixture(autouse=True)
 def _quick(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The waits between attempts, a fraction of what a person wants."""
-    monkeypatch.setattr("kubeinfer.weights.download.TransferOptions", partial(TransferOptions, backoff=0.01))
+    monkeypatch.setattr("kubeinfer.weights.request.TransferOptions", partial(TransferOptions, backoff=0.01))
     monkeypatch.setenv("KUBEINFER_STALL_TIMEOUT", "0.4")
 
 

@@ -94,12 +94,13 @@ def test_a_folder_of_somebody_else_is_a_storage_error(
 ) -> None:
     """Root may write anywhere, so the refusal of the system call is put in its place."""
     from kubeinfer.weights import download, errors
+    from kubeinfer.weights.request import make_request
 
     def refuse(self: object) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path / "models"))
 
     monkeypatch.setattr(download._Fetch, "run", refuse)
-    request = download.make_request("hf://org/name", local_dir=tmp_path)
+    request = make_request("hf://org/name", local_dir=tmp_path)
     with pytest.raises(
         errors.StorageError, match=r"cannot write .*models: Permission denied; give a folder that user"
     ):

@@ -30,6 +30,7 @@ from kubeinfer.kernels.linear import linear
 from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm
 from kubeinfer.kernels.rope import rope_and_cache
 from kubeinfer.kernels.sampling import apply_penalties, logprobs, sample
+from kubeinfer.kernels.shared_prefix import SharedPrefix
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
@@ -93,6 +94,33 @@ def decode_run(batch: int, context: int, hq: int, hk: int, d: int, block_size: i
     return run
 
 
+def shared_prefix_runs(
+    batch: int, prefix: int, own: int, hq: int, hk: int, d: int, block_size: int
+) -> tuple[Callable[[], object], ...]:
+    """The decode attention of one layer over contexts that begin alike: each row for itself, the same with the pass over
+    shared blocks finding nothing, and with it reading the prefix once."""
+    cache, tables = paged_cache([prefix, *[own] * batch], hk, d, block_size)
+    blocks = prefix // block_size
+    table = torch.cat(
+        (tables[:1, :blocks].expand(batch, -1), tables[1:, : -(-own // block_size)]), 1
+    ).contiguous()
+    q = torch.randn(batch, hq, d, device=DEVICE, dtype=BF16)
+    out = torch.empty_like(q)
+    start = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
+    lens = torch.full((batch,), prefix + own, dtype=torch.int32, device=DEVICE)
+    workspace = decode_workspace(batch, hq, hk, d, DEVICE)
+    nothing = SharedPrefix(torch.full_like(lens, -1), torch.zeros_like(lens))
+    all_rows = SharedPrefix(start[:batch].clone(), torch.full_like(lens, prefix))
+
+    def run(shared: SharedPrefix | None) -> object:
+        return paged_attention(
+            q, cache, start, lens, table, out, scale=d**-0.5, max_query_len=1, max_seq_len=prefix + own,
+            workspace=workspace, shared=shared,
+        )  # fmt: skip
+
+    return partial(run, None), partial(run, nothing), partial(run, all_rows)
+
+
 def prefill_run(
     lengths: list[int], hq: int, hk: int, d: int, block_size: int
 ) -> tuple[Callable[[], object], float]:
@@ -148,6 +176,19 @@ def attention(table: Table, block_size: int) -> None:
         turns = min(16, max(2, (400 << 20) // size))
         runs = [decode_run(batch, context, hq, hk, d, block_size) for _ in range(turns)]
         table.row(f"{batch} x {context}, {hq}:{hk}, {d}", size, *runs)
+    print(
+        "\ndecode attention, shared prefix + own tokens -> us: each row alone; nothing found shared; prefix read once"
+    )
+    for batch, prefix, hq, hk, d in [
+        *((batch, 2048, *shapes[0]) for batch in (32, 64, 128, 256, 512)),
+        (512, 512, *shapes[0]),
+        *((batch, 2048, *shapes[1]) for batch in (64, 512)),
+        (256, 2048, *shapes[2]),
+    ]:
+        runs = [shared_prefix_runs(batch, prefix, 192, hq, hk, d, block_size) for _ in range(2)]
+        alone, nothing, once = (microseconds(*kind) for kind in zip(*runs))
+        name = f"{batch} x {prefix} + 192, {hq}:{hk}, {d}"
+        print(f"{name:34} {alone:8.1f} us {nothing:8.1f} us {once:8.1f} us {alone / once:6.2f}x", flush=True)
     print("\nprefill attention: prompts, heads, head size -> us, TFLOP/s")
     for lengths in ([8192], [2048] * 4, [256] * 32):
         for hq, hk, d in shapes[:3]:

@@ -86,6 +86,51 @@ def test_greedy_tokens_equal_the_cpu_engines(name: str) -> None:
         gpu.shutdown()
 
 
+def share_small_prefixes(client: Any) -> Any:
+    """Let prefixes of tiny models pay; returns what counts the steps that share."""
+    found = client.core.executor.worker.runner.shared_prefixes
+    found.min_batch, found.min_members, found.min_tokens, found.min_saved_bytes = 32, 4, 32, 1
+    return found
+
+
+def prompts_with_prefix(seed: int, count: int, prefix: int) -> list[list[int]]:
+    """Prompts of which three of four begin alike; the first is the shared part and one token."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(5, 500) for _ in range(prefix)]
+    own = [[rng.randrange(5, 500) for _ in range(rng.randrange(1, 40))] for _ in range(count)]
+    return [shared + own[0][:1], *(shared + p if i % 4 else p for i, p in enumerate(own[1:], 1))]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2-sliding"])
+def test_tokens_after_a_shared_prefix_equal_the_cpu_engines(name: str) -> None:
+    """Graphs of several sizes, eager and mixed steps, preemption, and requests that come and go."""
+    path = str(tiny_model(name))
+    prompts = prompts_with_prefix(21, 46, 150)
+    cpu = make(path, "cpu")
+    expected = generate(cpu, prompts, 40)
+    cpu.shutdown()
+    for options in (
+        {"max_num_seqs": 48},
+        {"max_num_seqs": 48, "enforce_eager": True},
+        {"max_num_seqs": 40, "async_scheduling": False},
+        {
+            "max_num_seqs": 48,
+            "max_num_batched_tokens": 90,
+            "num_gpu_blocks_override": 150,
+            "max_model_len": 256,
+        },
+    ):
+        gpu = make(path, "cuda", **options)
+        found = share_small_prefixes(gpu)
+        # First alone: what is computed in one step by several requests is not shared.
+        assert generate(gpu, prompts[:1], 40) == expected[:1], options
+        assert found.steps_shared == 0
+        assert generate(gpu, prompts, 40) == expected, options
+        assert found.steps_shared > 10, options
+        gpu.core.check_integrity()
+        gpu.shutdown()
+
+
 def test_one_prompt_at_a_time_takes_the_captured_path_and_stays_equal() -> None:
     path = str(tiny_model("llama"))
     prompts = random_prompts(2, 12, longest=300)
@@ -134,6 +179,7 @@ def test_no_request_waits_for_a_compiler(tmp_path: Path, monkeypatch: pytest.Mon
         "kv_cache_memory_bytes": 2**27,
     }
     client = make_client(EngineOptions(**options, max_num_seqs=64))  # type: ignore[arg-type]
+    found = share_small_prefixes(client)
     compiled = set(tmp_path.rglob("*.cubin"))
     assert compiled
     for seed, params in enumerate(
@@ -141,6 +187,10 @@ def test_no_request_waits_for_a_compiler(tmp_path: Path, monkeypatch: pytest.Mon
     ):  # fmt: skip
         generate(client, random_prompts(seed, 40, 120), 12, **params)
         generate(client, random_prompts(seed + 10, 1), 5, **params)
+        prompts = prompts_with_prefix(seed, 60, 150)
+        generate(client, prompts[:1], 2, **params)
+        generate(client, prompts, 12, **params)
+    assert found.steps_shared
     client.shutdown()
     assert set(tmp_path.rglob("*.cubin")) == compiled
 

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.cpu import library as cpu
+from kubeinfer.kernels.shared_prefix import SharedPrefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +25,13 @@ class DecodeWorkspace:
     Attributes:
         partial: fp32 ``[rows, D]``, one normalised partial output a sequence, head and split.
         lse: fp32 ``[rows]``, log2 of each split's softmax denominator.
+        prefix_partial, prefix_lse: the same of a shared prefix.
     """
 
     partial: Tensor
     lse: Tensor
+    prefix_partial: Tensor
+    prefix_lse: Tensor
 
 
 def decode_workspace(
@@ -36,12 +41,14 @@ def decode_workspace(
     if torch.device(device).type != "cuda":
         return None
     from kubeinfer.kernels.triton_decode_attention import workspace_rows
+    from kubeinfer.kernels.triton_shared_prefix import prefix_workspace_rows
 
-    rows = workspace_rows(max_seqs, num_heads, num_kv_heads)
-    return DecodeWorkspace(
-        partial=torch.empty(rows, head_dim, dtype=torch.float32, device=device),
-        lse=torch.empty(rows, dtype=torch.float32, device=device),
-    )
+    def scratch(rows: int) -> tuple[Tensor, Tensor]:
+        partial = torch.empty(rows, head_dim, dtype=torch.float32, device=device)
+        return partial, torch.empty(rows, dtype=torch.float32, device=device)
+
+    prefix_rows = 0 if batch_invariant() else prefix_workspace_rows(max_seqs, num_heads, num_kv_heads)
+    return DecodeWorkspace(*scratch(workspace_rows(max_seqs, num_heads, num_kv_heads)), *scratch(prefix_rows))
 
 
 def paged_attention(
@@ -62,6 +69,7 @@ def paged_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     prefill_kv_tokens: int | None = None,
+    shared: SharedPrefix | None = None,
 ) -> Tensor:
     """Causal attention of every query token over its sequence's cached keys and values.
 
@@ -83,6 +91,8 @@ def paged_attention(
         k_scale, v_scale: what stored float8 keys and values are multiplied by.
         prefill_kv_tokens: sum of ``seq_lens`` after the first ``num_decodes`` (host integer), where known: long
             prompts of uneven length are faster with it.
+        shared: blocks that decode rows share, so that a GPU may read them once for all; ``None``: unknown, each row
+            reads its own. Layers with a sliding window, batch-invariant attention and CPUs make no use of it.
 
     Returns:
         ``out``.
@@ -95,7 +105,7 @@ def paged_attention(
         return paged_attention_triton(
             q, kv_cache, query_start, seq_lens, block_table, out, scale, max_query_len, max_seq_len,
             sliding_window, soft_cap, num_decodes, workspace, k_scale, v_scale,
-            prefill_kv_tokens,
+            prefill_kv_tokens, shared,
         )  # fmt: skip
     if soft_cap == 0.0 and cpu.attention(
         q, kv_cache, query_start, seq_lens, block_table, out, scale, sliding_window

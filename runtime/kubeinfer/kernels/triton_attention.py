@@ -23,98 +23,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.batch_invariance import batch_invariant
-from kubeinfer.kernels.triton_decode_attention import FIXED_ROWS, capped, decode_attention_triton
+from kubeinfer.kernels.triton_attention_tiles import attend_tiles
+from kubeinfer.kernels.triton_decode_attention import FIXED_ROWS, decode_attention_triton
 from kubeinfer.kernels.triton_launch import Kernel, has_tensor_memory_accelerator
 
 if TYPE_CHECKING:
     from kubeinfer.kernels.attention import DecodeWorkspace
+    from kubeinfer.kernels.shared_prefix import SharedPrefix
 
 _LOG2E = 1.4426950408889634
 _TMA_HEAD_DIMS = (64, 128)
 # Below this the loads by address hide as well, and the gather's launch would cost more than it saves.
 _TMA_MIN_CONTEXT = 512
 _GATHER_TILE = 128
-
-
-@triton.jit
-def _prefill_tiles(
-    acc,
-    total,
-    m,
-    q,
-    k_source,
-    v_source,
-    table,
-    row_start,
-    positions,
-    begin,
-    end,
-    seq_len,
-    qk_scale,
-    HK: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Sources are tensor descriptors (``TMA``, the sequence's rows begin at ``row_start``) or pointers."""
-    dims = tl.arange(0, D_PAD)
-    for start in range(begin, end, BLOCK_N):
-        start = tl.multiple_of(start, BLOCK_N)
-        keys = start + tl.arange(0, BLOCK_N)
-        if TMA:
-            k = k_source.load([row_start + start, 0])
-            if D >= 128:  # the pipeline of wide heads wants both loads together, that of narrow ones does not
-                v = v_source.load([row_start + start, 0])
-        else:
-            if MASKED:
-                inside = keys < seq_len
-                page = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-            else:
-                page = tl.load(table + keys // BLOCK_SIZE).to(tl.int64)
-            offsets = (page * (HK * BLOCK_SIZE * D) + (keys % BLOCK_SIZE) * D)[:, None] + dims[None, :]
-            if MASKED or D != D_PAD:
-                mask = (dims < D)[None, :]
-                if MASKED:
-                    # Values past the end may be anything, NaN too: zero times them must be zero.
-                    mask = mask & inside[:, None]
-                k = tl.load(k_source + offsets, mask=mask, other=0.0)
-                v = tl.load(v_source + offsets, mask=mask, other=0.0)
-            else:
-                k = tl.load(k_source + offsets)
-                v = tl.load(v_source + offsets)
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
-        if SOFT_CAP > 0:
-            s = capped(s * qk_scale, SOFT_CAP)
-        if MASKED:
-            visible = keys[None, :] <= positions[:, None]
-            if WINDOW > 0:
-                visible = visible & (keys[None, :] > positions[:, None] - WINDOW)
-            s = tl.where(visible, s, float("-inf"))
-        if SOFT_CAP > 0:
-            m_new = tl.maximum(m, tl.max(s, 1))
-        else:
-            m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
-        if MASKED and WINDOW > 0:
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        else:
-            shift = m_new
-        if SOFT_CAP > 0:
-            p = tl.exp2(s - shift[:, None])
-        else:
-            p = tl.exp2(s * qk_scale - shift[:, None])
-        alpha = tl.exp2(m - shift)
-        total = total * alpha + tl.sum(p, 1)
-        if TMA and D < 128:
-            v = v_source.load([row_start + start, 0])
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
-    return acc, total, m
 
 
 @triton.jit(do_not_specialize=["num_blocks", "rows_per_head", "stride_table", "first_seq", "num_seqs"])
@@ -203,11 +124,11 @@ def _prefill_kernel(
     else:
         begin = 0
         full_end = (first_position + 1) // BLOCK_N * BLOCK_N
-        acc, total, m = _prefill_tiles(
+        acc, total, m = attend_tiles(
             acc, total, m, q, k_source, v_source, table, row_start, positions, begin, full_end, seq_len, qk_scale,
             HK, D, D_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, False, TMA,
         )  # fmt: skip
-    acc, total, m = _prefill_tiles(
+    acc, total, m = attend_tiles(
         acc, total, m, q, k_source, v_source, table, row_start, positions, full_end, end, seq_len, qk_scale,
         HK, D, D_PAD, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, PRECISION, True, TMA,
     )  # fmt: skip
@@ -297,6 +218,7 @@ def paged_attention_triton(
     k_scale: float,
     v_scale: float,
     prefill_kv_tokens: int | None,
+    shared: SharedPrefix | None = None,
 ) -> Tensor:
     """`kubeinfer.kernels.attention.paged_attention` on CUDA tensors.
 
@@ -335,6 +257,7 @@ def paged_attention_triton(
             num_decodes,
             workspace,
             v_scale,
+            None if sliding_window > 0 or batch_invariant() else shared,
         )
     num_prefills = seq_lens.shape[0] - num_decodes
     if num_prefills > 0:

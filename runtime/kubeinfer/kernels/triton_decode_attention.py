@@ -3,7 +3,8 @@
 
 One program a (sequence, KV head, split). The grid depends on the number of rows only, so a CUDA graph replays it for any
 context: each program divides its sequence's tiles by the fixed number of splits on the device. A second kernel merges the
-splits.
+splits. What rows share of their contexts may have been attended to before, by `kubeinfer.kernels.triton_shared_prefix`: a
+row's first split then begins after it, and joins its result to its own.
 """
 
 from __future__ import annotations
@@ -19,10 +20,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.batch_invariance import batch_invariant
+from kubeinfer.kernels.triton_attention_tiles import capped, cut
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+from kubeinfer.kernels.triton_shared_prefix import (
+    MAX_PREFIX_SPLITS,
+    join_prefix,
+    prefix_attention_triton,
+    prefix_config,
+    prefix_splits,
+)
 
 if TYPE_CHECKING:
     from kubeinfer.kernels.attention import DecodeWorkspace
+    from kubeinfer.kernels.shared_prefix import SharedPrefix
 
 _MAX_SPLITS = 64
 # Programs the decode grid aims at: about what 132 multiprocessors hold at once.
@@ -33,15 +43,26 @@ FIXED_ROWS = 512
 
 
 @triton.jit
-def capped(x, SOFT_CAP: tl.constexpr):
-    # In units of log2: x = logits * log2(e). tanh through exp2, saturating on both sides.
-    LOG2E: tl.constexpr = 1.4426950408889634
-    z = x * (2.0 / SOFT_CAP)
-    e = tl.exp2(tl.minimum(tl.maximum(z, -60.0), 60.0))
-    return (SOFT_CAP * LOG2E) * (1.0 - 2.0 / (e + 1.0))
+def _span(
+    seq_len,
+    shared_ptr,
+    seq,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Of a row's own keys (after its shared prefix, within its window): the first, how many a split, splits used."""
+    first = 0
+    if SHARED:
+        first = tl.load(shared_ptr + seq)
+    if WINDOW > 0:
+        first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
+    keys_per_split, used = cut(seq_len - first, SPLITS, BLOCK_N)
+    return first, keys_per_split, used
 
 
-@triton.jit(do_not_specialize=["num_blocks", "stride_table"])
+@triton.jit(do_not_specialize=["num_blocks", "stride_table", "num_prefix_splits"])
 def _decode_kernel(
     q_ptr,
     kv_ptr,
@@ -50,8 +71,12 @@ def _decode_kernel(
     out_ptr,
     partial_ptr,
     lse_ptr,
+    shared_ptr,
+    prefix_partial_ptr,
+    prefix_lse_ptr,
     num_blocks,
     stride_table,
+    num_prefix_splits,
     qk_scale,
     v_scale,
     STRIDE_Q: tl.constexpr,
@@ -67,25 +92,33 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    PREFIX_N: tl.constexpr,
+    MAX_PREFIX: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    SHARED: tl.constexpr = PREFIX_N > 0
     head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2)
     # Before the wait: contexts are written at the step's start, many kernels before this one.
     seq_len = tl.load(seq_lens_ptr + seq)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
-    tiles = tl.cdiv(seq_len - first, BLOCK_N)
-    tiles_per_split = tl.cdiv(tiles, SPLITS)
-    begin = first + split * tiles_per_split * BLOCK_N
-    end = tl.minimum(seq_len, begin + tiles_per_split * BLOCK_N)
-    if SPLITS > 1 and begin >= end:
-        return
+    first, keys_per_split, _ = _span(seq_len, shared_ptr, seq, SPLITS, BLOCK_N, WINDOW, SHARED)
+    begin = first + split * keys_per_split
+    end = tl.minimum(seq_len, begin + keys_per_split)
+    if SHARED:
+        # The kernel before this one is the prefix's; queries and cache are those before it wrote. A row's own keys are
+        # attended to while the prefix's are.
+        if SPLITS > 1 and begin >= end:
+            if PDL:
+                gdc_wait()
+                gdc_launch_dependents()
+            return
+    else:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        if SPLITS > 1 and begin >= end:
+            return
 
     rows = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, D_PAD)
@@ -127,6 +160,16 @@ def _decode_kernel(
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
     acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
+    lse = m + tl.log2(total)
+    if SHARED:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        if (first > 0) & (split == 0):
+            acc, lse = join_prefix(
+                acc, lse, prefix_partial_ptr, prefix_lse_ptr, (seq * HK + head) * GROUP + rows, rows < GROUP, first,
+                num_prefix_splits, D, D_PAD, PREFIX_N, MAX_PREFIX,
+            )  # fmt: skip
 
     if SPLITS == 1:
         out_offsets = seq.to(tl.int64) * STRIDE_OUT + q_offsets
@@ -134,7 +177,7 @@ def _decode_kernel(
     else:
         row = ((seq * HK + head) * GROUP + rows) * SPLITS + split
         tl.store(partial_ptr + row[:, None] * D + dims[None, :], acc, mask=q_mask)
-        tl.store(lse_ptr + row, m + tl.log2(total), mask=rows < GROUP)
+        tl.store(lse_ptr + row, lse, mask=rows < GROUP)
 
 
 @triton.jit
@@ -142,6 +185,7 @@ def _merge_kernel(
     partial_ptr,
     lse_ptr,
     seq_lens_ptr,
+    shared_ptr,
     out_ptr,
     STRIDE_OUT: tl.constexpr,
     HQ: tl.constexpr,
@@ -151,20 +195,17 @@ def _merge_kernel(
     SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     WINDOW: tl.constexpr,
+    SHARED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
     seq = tl.program_id(1)
     # Before the wait: contexts are written at the step's start, many kernels before this one.
     seq_len = tl.load(seq_lens_ptr + seq)
+    _, _, used = _span(seq_len, shared_ptr, seq, SPLITS, BLOCK_N, WINDOW, SHARED)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
-    tiles = tl.cdiv(seq_len - first, BLOCK_N)
-    used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, SPLITS), 1))
     splits = tl.arange(0, SPLITS_PAD)
     dims = tl.arange(0, D_PAD)
     row = (seq * HQ + head) * SPLITS + splits
@@ -223,8 +264,12 @@ def decode_attention_triton(
     num_decodes: int,
     workspace: DecodeWorkspace | None,
     v_scale: float,
+    shared: SharedPrefix | None = None,
 ) -> None:
-    """Attention of the first ``num_decodes`` sequences, one query token each; ``qk_scale`` is for powers of two."""
+    """Attention of the first ``num_decodes`` sequences, one query token each; ``qk_scale`` is for powers of two.
+
+    ``shared`` is of these rows; it goes with no sliding window.
+    """
     _, num_heads, head_dim = q.shape
     _, num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
     group = num_heads // num_kv_heads
@@ -243,14 +288,30 @@ def decode_attention_triton(
         rows = num_decodes * num_heads * splits
         partial = torch.empty(rows, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+    prefix_partial, prefix_lse, shared_tokens, prefix_n, cuts = out, out, seq_lens, 0, 0
+    if shared is not None:
+        cuts = prefix_splits(num_decodes, num_heads, num_kv_heads)
+        prefix_n = prefix_config(head_dim, wide, fp8)[1]
+        shared_tokens = shared.tokens
+        if workspace is not None:
+            prefix_partial, prefix_lse = workspace.prefix_partial, workspace.prefix_lse
+        else:
+            rows = num_decodes * num_heads * cuts
+            prefix_partial = torch.empty(rows, head_dim, dtype=torch.float32, device=q.device)
+            prefix_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+        prefix_attention_triton(
+            q, kv_cache, block_table, shared, prefix_partial, prefix_lse, qk_scale, v_scale, soft_cap
+        )
     _DECODE.launch(
         (num_kv_heads, splits, num_decodes),
         (
-            q, kv_cache, block_table, seq_lens, out, partial, lse, num_blocks, stride_table, qk_scale, v_scale,
+            q, kv_cache, block_table, seq_lens, out, partial, lse, shared_tokens, prefix_partial, prefix_lse,
+            num_blocks, stride_table, cuts, qk_scale, v_scale,
         ),
         (
             stride_q, stride_out, num_kv_heads, group, max(16, triton.next_power_of_2(group)), head_dim,
-            head_dim_pad, block_size, block_n, splits, sliding_window, soft_cap, precision, pdl,
+            head_dim_pad, block_size, block_n, splits, sliding_window, soft_cap, precision, prefix_n,
+            MAX_PREFIX_SPLITS, pdl,
         ),
         num_warps,
         num_stages,
@@ -259,7 +320,7 @@ def decode_attention_triton(
     if splits > 1:
         _MERGE.launch(
             (num_heads, num_decodes, 1),
-            (partial, lse, seq_lens, out),
+            (partial, lse, seq_lens, shared_tokens, out),
             (
                 stride_out,
                 num_heads,
@@ -269,6 +330,7 @@ def decode_attention_triton(
                 splits,
                 max(2, splits),
                 sliding_window,
+                prefix_n > 0,
                 pdl,
             ),
             4 if splits > 16 else 1,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kubeinfer.kernels.attention import DecodeWorkspace, paged_attention
 from kubeinfer.kernels.rope import rope_and_cache
+from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.linear import QKVLinear, RowLinear
 from kubeinfer.layers.norm import RMSNorm
 from kubeinfer.layers.parameters import ParameterStore
@@ -36,6 +37,7 @@ class StepContext:
     workspace: DecodeWorkspace | None = None
     wanted: Tensor | None = None  # int32 [N]: tokens whose final states are asked for; None: all
     prefill_kv_tokens: int | None = None  # sum of seq_lens after the decodes, where the host knows it
+    shared: SharedPrefix | None = None  # of the decode rows, where some may begin with the same blocks
 
 
 def each_token_alone(step: StepContext) -> StepContext:
@@ -52,6 +54,7 @@ def each_token_alone(step: StepContext) -> StepContext:
         max_query_len=1,
         num_decodes=tokens,
         prefill_kv_tokens=None,
+        shared=None,
     )
 
 
@@ -131,6 +134,6 @@ class SelfAttention:
             q, cache, step.query_start, step.seq_lens, step.block_table, out,
             scale=self.scale, max_query_len=step.max_query_len, max_seq_len=step.max_seq_len,
             sliding_window=self.window, num_decodes=step.num_decodes, workspace=step.workspace,
-            prefill_kv_tokens=step.prefill_kv_tokens,
+            prefill_kv_tokens=step.prefill_kv_tokens, shared=step.shared,
         )  # fmt: skip
         return out.view(tokens, -1)

@@ -2,7 +2,8 @@
 
 A graph covers a whole decode step for a batch size: inputs from the device's tables, the model, logits, greedy tokens and
 their store. Rows that sample otherwise replay the same graph and sample from its logits. Padding rows are the tables'
-spare row, whose block table points at the dummy block.
+spare row, whose block table points at the dummy block. Graphs of larger batches hold the pass over blocks that rows share
+(`kubeinfer.kernels.shared_prefix`), which is told at each replay what they share, if anything.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from torch import Tensor
 from kubeinfer.kernels.attention import DecodeWorkspace
 from kubeinfer.kernels.batch_prep import StepInputs, prepare_decode, step_inputs, store_sampled
 from kubeinfer.kernels.sampling import sample
+from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.attention import StepContext
 from kubeinfer.layers.parallel import Stage
+from kubeinfer.worker.shared_prefix import MIN_BATCH, SharedBlocks
 from kubeinfer.worker.tables import RowTables
 
 _SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
@@ -49,9 +52,14 @@ class DecodeGraphs:
         dtype: torch.dtype,
         sizes: list[int],
         stage: Stage | None = None,
+        shares_prefixes: bool = False,
     ):
-        """``stage``: of a pipeline. Its graphs begin and end with hidden states; what is sent is not part of them."""
+        """``stage``: of a pipeline. Its graphs begin and end with hidden states; what is sent is not part of them.
+
+        ``shares_prefixes``: graphs of `MIN_BATCH` rows and more take what rows share.
+        """
         self.stage = stage or Stage()
+        self._shares_prefixes = shares_prefixes
         self.model = model
         self.tables = tables
         self.kv_caches = kv_caches
@@ -62,20 +70,24 @@ class DecodeGraphs:
         device = tables.device
         max_blocks = tables.block_table.shape[1]
         self._inputs: StepInputs = step_inputs(largest, largest, max_blocks, device)
-        self._rows_and_starts = torch.zeros(2, largest, dtype=torch.int32, device=device)
+        # A replay's inputs in one copy: rows, starts, and a shared prefix's members and tokens. Kernels are compiled for
+        # the alignment of their pointers.
+        width = -(-largest // 32) * 32
+        self._host_inputs = torch.zeros(4, width, dtype=torch.int32, device=device)
+        self._host_inputs[2].fill_(-1)
         self._query_start = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self._zeros = torch.zeros(largest, dtype=torch.float32, device=device)
         self._longs = torch.zeros(largest, dtype=torch.int64, device=device)
         self._logits = torch.empty(largest if self.stage.last else 0, vocab_size, dtype=dtype, device=device)
-        width = model.config.hidden_size
-        self.hidden_in = torch.zeros(0 if self.stage.first else largest, width, dtype=dtype, device=device)
-        self.hidden_out = torch.zeros(0 if self.stage.last else largest, width, dtype=dtype, device=device)
+        hidden = model.config.hidden_size
+        self.hidden_in = torch.zeros(0 if self.stage.first else largest, hidden, dtype=dtype, device=device)
+        self.hidden_out = torch.zeros(0 if self.stage.last else largest, hidden, dtype=dtype, device=device)
         self._tokens = torch.zeros(largest, dtype=torch.int64, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> Any:
         """Capture every size, the largest first so that the smaller ones reuse its memory; returns the pool."""
-        self._rows_and_starts[0].fill_(self.tables.spare_row)
+        self._host_inputs[0].fill_(self.tables.spare_row)
         pool = None
         for size in reversed(self.sizes):
             # The first call compiles kernels for this size and lets cuBLAS take its workspace outside the graph.
@@ -95,7 +107,7 @@ class DecodeGraphs:
 
     def _step(self, size: int) -> None:
         tables, inputs = self.tables, self._inputs
-        rows, starts = self._rows_and_starts[0, :size], self._rows_and_starts[1, :size]
+        rows, starts, members, shared_tokens = self._host_inputs[:, :size]
         tables.computed.index_copy_(0, rows.long(), starts)
         prepare_decode(
             rows, tables.last_tokens, tables.block_table_device, tables.computed, self.block_size, inputs
@@ -111,6 +123,7 @@ class DecodeGraphs:
             num_decodes=size,
             kv_caches=self.kv_caches,
             workspace=self.workspace,
+            shared=SharedPrefix(members, shared_tokens) if self._takes_shared(size) else None,
         )
         hidden = self.model.forward(
             inputs.input_ids[:size] if self.stage.first else self.hidden_in[:size], step
@@ -130,7 +143,12 @@ class DecodeGraphs:
     def fits(self, batch: int) -> bool:
         return batch <= self.sizes[-1]
 
-    def replay(self, rows: NDArray[np.int32], starts: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+    def _takes_shared(self, size: int) -> bool:
+        return self._shares_prefixes and size >= MIN_BATCH
+
+    def replay(
+        self, rows: NDArray[np.int32], starts: NDArray[np.int32], shared: SharedBlocks | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run a decode step: (greedy tokens int64 ``[B]``, logits ``[B, V]``), both overwritten by the next replay.
 
         In a pipeline, ``hidden_in`` must be filled before on all stages but the first, and all but the last leave
@@ -138,10 +156,15 @@ class DecodeGraphs:
         """
         batch = len(rows)
         size = self.sizes[bisect.bisect_left(self.sizes, batch)]
-        host = torch.empty(2, size, dtype=torch.int32, pin_memory=True)
+        fields = 4 if self._takes_shared(size) else 2
+        host = torch.empty(fields, size, dtype=torch.int32, pin_memory=True)
         array = host.numpy()
         array[0, :batch], array[1, :batch] = rows, starts
         array[0, batch:], array[1, batch:] = self.tables.spare_row, 0
-        self._rows_and_starts[:, :size].copy_(host, non_blocking=True)
+        if fields == 4:
+            array[2], array[3] = -1, 0
+            if shared is not None:
+                shared.fill(array[2], array[3])
+        self._host_inputs[:fields, :size].copy_(host, non_blocking=True)
         self._graphs[size].replay()
         return self._tokens[:batch], self._logits[:batch]

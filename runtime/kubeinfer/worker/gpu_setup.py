@@ -12,6 +12,7 @@ from kubeinfer.engine.plan import NewRow, StepPlan
 from kubeinfer.kernels.attention import decode_workspace
 from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.compile_ahead import compile_ahead
+from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.attention import StepContext, each_token_alone
 from kubeinfer.layers.parallel import Group, Stage
 from kubeinfer.options import EngineOptions
@@ -20,6 +21,7 @@ from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
 from kubeinfer.worker.memory import free_host_bytes, usable_cpus
 from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.model_runner import ModelRunner
+from kubeinfer.worker.shared_prefix import MIN_BATCH, SharedPrefixFinder
 
 _MOST_PROFILED_TOKENS = 65536
 _LONG_CHUNK = 1024
@@ -117,18 +119,22 @@ def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int, ke
     kv_heads, heads = runner.kv_caches[0].shape[2], model.layers[0].attention.num_heads
     dtype = runner.dtype
     runner.workspace = decode_workspace(max_rows, heads, kv_heads, config.head_dim, runner.device)
+    shares = _shares_prefixes(runner, options)
+    if shares:
+        bytes_per_token = 2 * kv_heads * config.head_dim * runner.kv_caches[0].element_size()
+        runner.shared_prefixes = SharedPrefixFinder(tables, runner.block_size, bytes_per_token)
     graphs: DecodeGraphs | None = None
     mixed: MixedGraphs | None = None
     if not options.enforce_eager:
         graphs = DecodeGraphs(
             model, tables, runner.kv_caches, runner.workspace, runner.block_size, config.vocab_size, dtype,
-            capture_sizes(max_rows, options.cudagraph_capture_sizes), runner.stage,
+            capture_sizes(max_rows, options.cudagraph_capture_sizes), runner.stage, shares,
         )  # fmt: skip
     # Steps with prompts run eagerly in a pipeline, and where each of their tokens stands alone.
     if not (options.enforce_eager or runner.pipeline is not None or options.batch_invariant):
         mixed = MixedGraphs(
             model, tables, runner.kv_caches, runner.workspace, config.vocab_size, dtype, runner.block_size,
-            max_rows, max_tokens,
+            max_rows, max_tokens, shares,
         )  # fmt: skip
 
     def steps() -> None:
@@ -145,24 +151,40 @@ def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int, ke
     warm_up(runner, max_tokens)
 
 
+def _shares_prefixes(runner: ModelRunner, options: EngineOptions) -> bool:
+    """Whether decode rows may ever hold the same blocks, and attention may read these once for several rows."""
+    return (
+        options.enable_prefix_caching
+        and not options.batch_invariant  # what a row computes would depend on who shares with it
+        and runner.pipeline is None
+        and runner.tables.spare_row >= MIN_BATCH
+        and 0 in runner.model.config.layer_windows
+    )
+
+
 def warm_up(runner: ModelRunner, max_tokens: int, noted: bool = False) -> None:
     """Run one eager step of each kind, so that no request waits for a kernel to be compiled or loaded.
 
     ``noted``: kernels are noted and not launched.
     """
-    steps: list[tuple[int, list[int]]] = []  # decodes and chunks
+    steps: list[tuple[int, list[int], bool]] = []  # decodes, chunks, whether decodes may share a prefix
     count = 1
     while count <= min(runner.tables.spare_row, 1024):
-        steps.append((count, [min(17, max(2, (max_tokens - count) // count))] * count))
+        steps.append((count, [min(17, max(2, (max_tokens - count) // count))] * count, False))
+        if runner.shared_prefixes is not None and count >= MIN_BATCH:
+            steps.append((count, [2], True))
         # Prompts of some length are gathered first, by a kernel that is compiled for each power of two of their number.
-        steps.append((1, [_LONG_CHUNK, *[2] * (count - 1)]))
+        steps.append((1, [_LONG_CHUNK, *[2] * (count - 1)], False))
         count *= 2
     # cuBLAS chooses a kernel by the number of tokens, and loads it when it is first called: not while a request waits.
-    steps += [(1, [tokens - 1]) for tokens in _WARM_TOKENS]
-    for decodes, chunks in steps:
+    steps += [(1, [tokens - 1], False) for tokens in _WARM_TOKENS]
+    for decodes, chunks, shares in steps:
         if decodes + sum(chunks) > max_tokens:
             continue
         ids, step = dummy_step(runner.kv_caches, runner.block_size, decodes, chunks, runner.workspace)
+        if shares:
+            nobody = torch.full((decodes,), -1, dtype=torch.int32, device=runner.device)
+            step.shared = SharedPrefix(nobody, torch.zeros_like(nobody))
         wanted = min(decodes + len(chunks), runner.tables.spare_row)
         if runner.stage.last:
             step.wanted = torch.arange(wanted, dtype=torch.int32, device=runner.device)

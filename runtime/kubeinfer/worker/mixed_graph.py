@@ -17,8 +17,10 @@ from torch import Tensor
 
 from kubeinfer.kernels.attention import DecodeWorkspace
 from kubeinfer.kernels.sampling import sample
+from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.attention import StepContext
 from kubeinfer.worker.packing import Packing
+from kubeinfer.worker.shared_prefix import MIN_BATCH, SharedBlocks
 from kubeinfer.worker.tables import RowTables
 
 DECODES = (0, 16, 64)
@@ -51,8 +53,11 @@ class MixedGraphs:
         block_size: int,
         max_rows: int,
         max_tokens: int,
+        shares_prefixes: bool = False,
     ):
+        """``shares_prefixes``: steps of `MIN_BATCH` decodes and more take what these share."""
         self.model = model
+        self._shares_prefixes = shares_prefixes
         self.tables = tables
         self.kv_caches = kv_caches
         self.workspace = workspace
@@ -82,6 +87,8 @@ class MixedGraphs:
             "positions": total,
             "slots": total,
         }
+        if self._shares_prefixes and decodes >= MIN_BATCH:
+            sizes |= {"members": decodes, "shared_tokens": decodes}
         packing = Packing(sizes)
         buffer = torch.zeros(packing.size, dtype=torch.int32, device=self.tables.device)
         return _Shape(decodes, tokens, packing, buffer, packing.views(buffer))
@@ -95,6 +102,8 @@ class MixedGraphs:
             shape.fields["slots"].fill_(-1)
             shape.fields["query_start"].copy_(torch.arange(key[0] + 2, dtype=torch.int32))
             shape.fields["seq_lens"].fill_(1)
+            if "members" in shape.fields:
+                shape.fields["members"].fill_(-1)
             self._step(shape)
             torch.cuda.synchronize()
             shape.graph = torch.cuda.CUDAGraph()
@@ -125,6 +134,7 @@ class MixedGraphs:
             kv_caches=self.kv_caches,
             workspace=self.workspace,
             wanted=fields["last"],
+            shared=SharedPrefix(fields["members"], fields["shared_tokens"]) if "members" in fields else None,
         )
         hidden = self.model.forward(ids, step)
         count = shape.decodes + 1
@@ -148,10 +158,12 @@ class MixedGraphs:
         arrays: dict[str, NDArray[np.int32]],
         num_decodes: int,
         chunk_samples: bool,
+        shared: SharedBlocks | None = None,
     ) -> Tensor:
         """Run the step; returns the indices (host, int64) of its real rows within ``tokens`` and ``logits``.
 
-        ``arrays``: rows, ids, positions, slots and seq_lens of the step as it is, decodes first.
+        ``arrays``: rows, ids, positions, slots and seq_lens of the step as it is, decodes first. ``shared``: what its
+        decodes share.
         """
         shape = self._shapes[key]
         spare, chunk = self.tables.spare_row, len(arrays["ids"]) - num_decodes
@@ -178,6 +190,10 @@ class MixedGraphs:
         fields["store_rows"][:] = fields["rows"]
         if not chunk_samples:
             fields["store_rows"][decodes] = spare
+        if "members" in fields:
+            fields["members"].fill(-1)
+            if shared is not None:
+                shared.fill(fields["members"], fields["shared_tokens"])
         shape.buffer.copy_(host, non_blocking=True)
         shape.graph.replay()
         real = np.arange(num_decodes + 1)

@@ -14,6 +14,7 @@ from kubeinfer.distributed.pipeline import Pipeline
 from kubeinfer.engine.messages import TokenLogprobs
 from kubeinfer.engine.plan import StepPlan, StepResult
 from kubeinfer.kernels.attention import DecodeWorkspace
+from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.attention import StepContext, each_token_alone
 from kubeinfer.layers.parallel import Stage
 from kubeinfer.worker.cuda_graph import DecodeGraphs
@@ -21,6 +22,7 @@ from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.packing import pack
 from kubeinfer.worker.returned_tokens import ReturnedTokens
 from kubeinfer.worker.sampler import Sampler, token_logprobs
+from kubeinfer.worker.shared_prefix import SharedBlocks, SharedPrefixFinder
 from kubeinfer.worker.tables import RowTables, to_device
 
 
@@ -87,6 +89,8 @@ class ModelRunner:
         self.workspace: DecodeWorkspace | None = None
         self.graphs: DecodeGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
+        # None: decode rows read their prefixes each for itself. Set where the device's kernels can share them.
+        self.shared_prefixes: SharedPrefixFinder | None = None
         self._prompt_logprobs: dict[
             int, tuple[int, int, list[TokenLogprobs]]
         ] = {}  # row -> (k, prompt_len, found)
@@ -156,12 +160,16 @@ class ModelRunner:
         else:
             self.tables.last_tokens[self._to(rows)] = tokens
 
+    def _shared_blocks(self, rows: NDArray[np.int32], starts: NDArray[np.int32]) -> SharedBlocks | None:
+        """What the decode rows share, if reading it once pays."""
+        return self.shared_prefixes.find(rows, starts) if self.shared_prefixes is not None else None
+
     def _replay(self, plan: StepPlan, rows: NDArray[np.int32], starts: NDArray[np.int32]) -> PendingResult:
         if self.graphs is None:
             raise RuntimeError("no graph was captured")
         if self.pipeline is not None and not self.stage.first:
             self.pipeline.receive_hidden(self.graphs.hidden_in[: len(rows)])
-        tokens, logits = self.graphs.replay(rows, starts)
+        tokens, logits = self.graphs.replay(rows, starts, self._shared_blocks(rows, starts))
         if self.pipeline is not None and not self.stage.last:
             self.pipeline.send_hidden(self.graphs.hidden_out[: len(rows)].clone())
             return PendingResult(torch.empty(0, dtype=torch.int64))
@@ -180,7 +188,9 @@ class ModelRunner:
         if graphs is None:
             raise RuntimeError("no graph was captured")
         chunk_samples = len(plan.sampled) == len(rows)
-        real = graphs.replay(key, self._host_inputs(plan, rows, starts), plan.num_decodes, chunk_samples)
+        decodes = plan.num_decodes
+        shared = self._shared_blocks(rows[:decodes], starts[:decodes])
+        real = graphs.replay(key, self._host_inputs(plan, rows, starts), decodes, chunk_samples, shared)
         if not chunk_samples:
             rows, starts, real = rows[:-1], starts[:-1], real[:-1]
         if not len(rows):
@@ -234,6 +244,14 @@ class ModelRunner:
         partial = self.stage.last and plan.num_decodes < len(rows) and not self._prompt_logprobs
         if partial:
             host["wanted"] = host["query_start"][1:][np.array(plan.sampled, np.int32)] - 1
+        decodes = plan.num_decodes
+        shared = self._shared_blocks(rows[:decodes], starts[:decodes])
+        if shared is not None:
+            host["members"], host["shared_tokens"] = (
+                np.full(decodes, -1, np.int32),
+                np.zeros(decodes, np.int32),
+            )
+            shared.fill(host["members"], host["shared_tokens"])
         inputs = self._upload(host)
         if plan.num_decodes and self.stage.first:
             decoding = inputs["rows"][: plan.num_decodes]
@@ -253,6 +271,7 @@ class ModelRunner:
             workspace=self.workspace,
             wanted=inputs["wanted"] if partial else None,
             prefill_kv_tokens=int(host["seq_lens"][plan.num_decodes :].sum()),
+            shared=None if shared is None else SharedPrefix(inputs["members"], inputs["shared_tokens"]),
         )
         return inputs["ids"], step
 

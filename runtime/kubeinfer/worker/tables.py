@@ -37,6 +37,7 @@ class RowTables:
             np.empty(0, np.int32)
         ] * max_rows  # known when the row was made
         self.block_table: NDArray[np.int32] = np.zeros((max_rows + 1, max_blocks), np.int32)
+        self.version = 0  # counts the plans that gave a row to another request
         self.last_tokens = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
         self.computed = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
         self._shared = device.type == "cpu"
@@ -57,6 +58,7 @@ class RowTables:
             table[new.row, :count] = new.block_ids
             changed.append(np.arange(new.row * width, new.row * width + count))
         if plan.new_rows:
+            self.version += 1
             last = to_device([[n.row, n.token_ids[-1]] for n in plan.new_rows], self.device)
             self.last_tokens[last[:, 0]] = last[:, 1]
         for row, start, ids in plan.new_blocks:

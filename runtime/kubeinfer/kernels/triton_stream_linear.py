@@ -4,8 +4,9 @@
 
 The work is cut evenly, whatever the number of outputs (stream-K: Osama et al., arXiv 2301.03598): tiles of outputs times steps
 over the inputs are one long list, of which each program takes an equal run. The copy engine (TMA) fetches the weights of the
-steps to come, across the ends of tiles too, so that the memory never waits. A tile that two or more programs have parts of is
-finished by the last of them, which adds the parts in a fixed order: the result does not depend on who was last.
+steps to come, across the ends of tiles too, so that the memory never waits. A tile that several programs have parts of is
+finished by the first of them, at the end of its run; the others had their parts of it at the beginning of theirs, so it hardly
+waits for them (all programs are on the GPU at once). Parts are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 _SCRATCH_BYTES = 64 << 20
+AHEAD_BYTES = 64 << 10  # of weights that a program asks for before the kernel before it has ended
 _MOST_TILES = 16384
 
 
@@ -40,6 +42,22 @@ def _all_threads():
     tl.inline_asm_elementwise(
         "bar.sync 0; mov.u32 $0, $1;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def _wait_for(counter, count):
+    """Until ``counter`` has reached ``count``; what was stored before it was counted up can be read then."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred short;
+        again:
+        ld.acquire.gpu.global.s32 $0, [$1];
+        setp.lt.s32 short, $0, $2;
+        @short bra again;
+        bar.sync 0;
+        }""",
+        "=&r,l,r", [counter, count], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["m", "eps"])
@@ -119,44 +137,36 @@ def _stream_kernel(
         if (step == STEPS - 1) | (unit == end - 1):
             low = tile * STEPS // UNITS  # programs that have parts of this tile
             high = (tile * STEPS + STEPS - 1) // UNITS
-            last = True
-            if MOST_PARTS > 1:
-                if high > low:
-                    within = outputs[:, None] * BLOCK_M + tokens[None, :]
-                    slot = 2 * program + (tile != first_tile).to(tl.int32)
-                    own = sums_ptr + slot * (SUMS * BLOCK_M * BLOCK_N) + within
-                    tl.store(own, acc)
-                    if GATED:
-                        tl.store(own + BLOCK_M * BLOCK_N, acc_up)
-                    if NORM:
-                        tl.store(squares_ptr + slot * BLOCK_M + tokens, squares)
-                    _all_threads()  # all of this program's sums are stored before one of its threads counts it
-                    ended = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
-                    last = ended == high - low
-                    if last:
+            within = outputs[:, None] * BLOCK_M + tokens[None, :]
+            if program > low:
+                slot = sums_ptr + program * (SUMS * BLOCK_M * BLOCK_N) + within
+                tl.store(slot, acc)
+                if GATED:
+                    tl.store(slot + BLOCK_M * BLOCK_N, acc_up)
+                if NORM:
+                    tl.store(squares_ptr + program * BLOCK_M + tokens, squares)
+                _all_threads()  # all of this program's sums are stored before one of its threads counts it
+                tl.atomic_add(counter_ptr + tile, 1, sem="release")
+            else:
+                if MOST_PARTS > 1:
+                    if high > low:
+                        _wait_for(counter_ptr + tile, high - low)
                         tl.store(counter_ptr + tile, 0)
-                        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-                        acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-                        squares = tl.zeros([BLOCK_M], tl.float32)
-                        for i in tl.static_range(MOST_PARTS):
-                            part = low + i
-                            there = part <= high
-                            slot = 2 * part + (tile != part * UNITS // STEPS).to(tl.int32)
-                            other = sums_ptr + slot * (SUMS * BLOCK_M * BLOCK_N) + within
-                            mask = (within >= 0) & there
-                            acc += tl.load(other, mask=mask, other=0.0, cache_modifier=".cg")
+                        for i in tl.static_range(1, MOST_PARTS):
+                            slot = sums_ptr + (low + i) * (SUMS * BLOCK_M * BLOCK_N) + within
+                            mask = (within >= 0) & (low + i <= high)
+                            acc += tl.load(slot, mask=mask, other=0.0, cache_modifier=".cg")
                             if GATED:
                                 acc_up += tl.load(
-                                    other + BLOCK_M * BLOCK_N, mask=mask, other=0.0, cache_modifier=".cg"
+                                    slot + BLOCK_M * BLOCK_N, mask=mask, other=0.0, cache_modifier=".cg"
                                 )
                             if NORM:
                                 squares += tl.load(
-                                    squares_ptr + slot * BLOCK_M + tokens,
-                                    mask=(tokens >= 0) & there,
+                                    squares_ptr + (low + i) * BLOCK_M + tokens,
+                                    mask=(tokens >= 0) & (low + i <= high),
                                     other=0.0,
                                     cache_modifier=".cg",
                                 )
-            if last:
                 columns = tile * BLOCK_N + outputs
                 inside = columns < N
                 result = acc
@@ -209,7 +219,7 @@ def _scratch(device: torch.device) -> _Scratch:
     """Kernels of one stream use it one after the other: a kernel's programs end before the next kernel's begin to add."""
     return _Scratch(
         torch.empty(_SCRATCH_BYTES // 4, dtype=torch.float32, device=device),
-        torch.empty(2 * 4096 * 64, dtype=torch.float32, device=device),
+        torch.empty(4096 * 64, dtype=torch.float32, device=device),
         torch.zeros(_MOST_TILES, dtype=torch.int32, device=device),
     )
 
@@ -238,7 +248,7 @@ def stream_linear_triton(
     units = triton.cdiv(tiles * steps, _processors(x.device) * config.per_processor)
     programs = triton.cdiv(tiles * steps, units)
     scratch = _scratch(x.device)
-    needed = 2 * programs * block_m * config.block_n * (2 if gated else 1)
+    needed = programs * block_m * config.block_n * (2 if gated else 1)
     if needed > scratch.sums.numel() or tiles > _MOST_TILES:
         raise ValueError(f"{config} needs more scratch memory than there is for {n} outputs.")
     pdl = overlaps_launches()
@@ -249,8 +259,8 @@ def stream_linear_triton(
         norm_weight if norm_weight is not None else x, weight, bias if bias is not None else x, out, scratch.sums,
         scratch.squares, scratch.counters, m, eps,
     )  # fmt: skip
-    # About 32 KiB a program: what its first steps read.
-    ahead = 1 << (max(1, 16384 // config.block_n // 64 // (2 if gated else 1)).bit_length() - 1)
+    rows = config.block_n * (2 if gated else 1)
+    ahead = 1 << (max(1, AHEAD_BYTES // rows // 128).bit_length() - 1)
     constants = (
         n, k, weight.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None, add,
         block_m, config.block_n, config.block_k, units, config.stages, ahead, pdl,

@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ from torch import Tensor
 from kubeinfer.kernels import linear as linear_module
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.norm import fused_add_rms_norm
+from kubeinfer.kernels.triton_linear import Config, linear_triton
+from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig
+from kubeinfer.kernels.triton_stream_linear import StreamConfig
 
+AnyConfig = Config | SkinnyConfig | StreamConfig
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _TURNS_BYTES = 384 << 20
 
@@ -83,9 +87,9 @@ def products() -> list[Product]:
     return found
 
 
-def skinny_candidates(product: Product, m: int) -> list[tuple[int, ...]]:
-    """Outputs and inputs of a tile, warps, stages, splits: enough programs to draw the memory's full speed."""
-    found = []
+def few_tokens_candidates(product: Product, m: int) -> list[AnyConfig]:
+    """One program a tile, its inputs split where tiles are few, or a run of tiles a program."""
+    found: list[AnyConfig] = []
     for block_n, block_k, warps, stages in (
         (16, 256, 4, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 64, 4, 6), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 8, 3),
     ):  # fmt: skip
@@ -95,15 +99,24 @@ def skinny_candidates(product: Product, m: int) -> list[tuple[int, ...]]:
             continue
         tiles = -(-product.n // block_n)
         splits = [s for s in (1, 2, 4, 8, 16) if tiles * s >= 56 and s * block_k <= product.k]
-        found += [(block_n, block_k, warps, stages, s) for s in splits[:3] if s == 1 or tiles * s <= 700]
+        found += [
+            SkinnyConfig(block_n, block_k, warps, stages, s) for s in splits[:3] if s == 1 or tiles * s <= 700
+        ]
+    for stream in (
+        StreamConfig(64, 64, 4, 6, 1), StreamConfig(64, 128, 4, 5, 1), StreamConfig(64, 128, 4, 4, 2),
+        StreamConfig(64, 256, 4, 3, 1), StreamConfig(128, 64, 4, 5, 1), StreamConfig(128, 128, 4, 5, 1),
+    ):  # fmt: skip
+        step = 2 * stream.block_k * (stream.block_n * (2 if product.gated else 1) + max(m, 16))
+        if stream.stages * step * stream.per_processor <= 220_000:
+            found.append(stream)
     return found
 
 
-def candidates(product: Product, m: int) -> list[tuple[int, ...]]:
-    """Rows a program, columns a step (256 a warp), warps, tiles fetched ahead; or, of five numbers, `skinny_candidates`."""
+def candidates(product: Product, m: int) -> list[AnyConfig]:
+    """Configurations of the kernel that multiplies lane by lane (256 columns a warp), from 3 tokens on of the others."""
     if m > 2:
-        return skinny_candidates(product, m)
-    found: list[tuple[int, ...]] = []
+        return few_tokens_candidates(product, m)
+    found: list[AnyConfig] = []
     widest = 4 if product.gated else 8
     for warps in (1, 2, 4, 8):
         steps = -(-product.k // (256 * warps))
@@ -124,7 +137,7 @@ def candidates(product: Product, m: int) -> list[tuple[int, ...]]:
                     continue
                 if m > 1 and per_program * m < 8:
                     continue
-                found.append((rows, 256 * warps, warps, depth))
+                found.append(Config(rows, 256 * warps, warps, depth))
     return found if m == 1 else found[:6]
 
 
@@ -144,13 +157,10 @@ def operands(product: Product, m: int, weights: int, seed: int = 0) -> dict[str,
     }
 
 
-def ours(product: Product, given: dict[str, Any], weight: Tensor, config: tuple[int, ...]) -> Tensor:
-    from kubeinfer.kernels.triton_linear import Config, linear_triton
-    from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig
-
+def ours(product: Product, given: dict[str, Any], weight: Tensor, config: AnyConfig) -> Tensor:
     return linear_triton(
-        given["x"], weight, given["bias"], given["out"], SkinnyConfig(*config) if len(config) == 5 else Config(*config),
-        given["norm"] if product.norm else None, 1e-6, product.gated, product.add,
+        given["x"], weight, given["bias"], given["out"], config, given["norm"] if product.norm else None, 1e-6,
+        product.gated, product.add,
     )  # fmt: skip
 
 
@@ -176,7 +186,7 @@ def exact(product: Product, given: dict[str, Any]) -> Tensor:
     return y + given["out"].double() if product.add else y
 
 
-def check(task: tuple[Product, int, list[tuple[int, ...]]]) -> list[str]:
+def check(task: tuple[Product, int, list[AnyConfig]]) -> list[str]:
     """Compile and run every configuration once; what is wrong."""
     product, m, configs = task
     given = operands(product, m, 1)
@@ -235,7 +245,6 @@ def tune(out: Path | None, workers: int, tokens: list[int], models: str, budget:
     print("\n".join(wrong[:12]), flush=True)
     table: dict[str, dict[str, int]] = {}
     for m, product in [(m, p) for m in tokens for p in chosen]:
-        names = ("block_n", "block_k", "num_warps", *(("depth",) if m <= 2 else ("stages", "split_k")))
         size = 2 * product.rows * product.k
         if time.perf_counter() - begin > budget:
             break
@@ -243,19 +252,20 @@ def tune(out: Path | None, workers: int, tokens: list[int], models: str, budget:
         weights = given["weights"]
         base = microseconds(lambda w, g=given, p=product: parts(p, g, w), weights)
         timed = sorted(
-            (microseconds(lambda w, g=given, p=product, c=config: ours(p, g, w, c), weights), config)
-            for config in candidates(product, m)
-            if not any(w.startswith(f"{product.name} m{m} {config}:") for w in wrong)
+            (
+                (microseconds(lambda w, g=given, p=product, c=config: ours(p, g, w, c), weights), config)
+                for config in candidates(product, m)
+                if not any(w.startswith(f"{product.name} m{m} {config}:") for w in wrong)
+            ),
+            key=lambda t: t[0],
         )
         if not timed:
             print(f"{product.name:12} m{m} {base:7.2f} us, no candidate", flush=True)
             continue
         best, config = timed[0]
         won = best < 0.98 * base
-        table[f"{product.kind}/{product.n}x{product.k}/m{m}"] = dict(
-            zip(names, config if won else (0,) * len(names))
-        )
-        rest = " ".join(f"{t:.1f}:{'/'.join(map(str, c))}" for t, c in timed[:4])
+        table[f"{product.kind}/{product.n}x{product.k}/m{m}"] = asdict(config) if won else {"block_n": 0}
+        rest = " ".join(f"{t:.1f}:{'/'.join(map(str, astuple(c)))}" for t, c in timed[:4])
         print(
             f"{product.name:12} m{m} {base:7.2f} -> {best:7.2f} us {size / best / 1e6:5.2f} TB/s {rest}",
             flush=True,

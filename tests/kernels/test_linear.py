@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,12 @@ CASES = [
     (33, 130, 896, True, (64, 64, 4, 5, 3)),
     (64, 100, 3584, True, (64, 128, 4, 4, 4)),
     (64, 257, 4872, False, (128, 64, 4, 3, 8)),
+    # of the kernel whose programs take runs of tiles: outputs and inputs of a step, warps, stages, programs a processor
+    (3, 37, 200, True, ("stream", 64, 64, 4, 4, 1)),
+    (16, 1000, 896, False, ("stream", 64, 128, 4, 4, 2)),
+    (7, 3584, 3584, True, ("stream", 64, 128, 4, 3, 1)),
+    (32, 9473, 1032, True, ("stream", 64, 64, 4, 4, 2)),
+    (20, 300, 4872, False, ("stream", 32, 128, 4, 4, 1)),
 ]
 
 
@@ -44,13 +51,21 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
     return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.double()
 
 
-def use(monkeypatch: pytest.MonkeyPatch, device: str, config: tuple[int, ...]) -> None:
+def use(monkeypatch: pytest.MonkeyPatch, device: str, config: tuple[Any, ...]) -> None:
     """On GPUs every small product takes our kernel, so configured."""
     if torch.zeros(1, device=device).is_cuda:
-        from kubeinfer.kernels import triton_linear, triton_skinny_linear
+        from kubeinfer.kernels import triton_linear, triton_skinny_linear, triton_stream_linear
 
-        kind = triton_skinny_linear.SkinnyConfig if len(config) == 5 else triton_linear.Config
-        monkeypatch.setattr(triton_linear, "find_config", lambda *_: kind(*config))
+        chosen: Any
+        if config[0] == "stream":
+            if not triton_stream_linear.streams():
+                pytest.skip("about GPUs with a copy engine")
+            chosen = triton_stream_linear.StreamConfig(*config[1:])
+        else:
+            chosen = (triton_skinny_linear.SkinnyConfig if len(config) == 5 else triton_linear.Config)(
+                *config
+            )
+        monkeypatch.setattr(triton_linear, "find_config", lambda *_: chosen)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -62,7 +77,7 @@ def test_fused_linear(
     n: int,
     k: int,
     with_bias: bool,
-    config: tuple[int, ...],
+    config: tuple[Any, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use(monkeypatch, device, config)
@@ -101,8 +116,11 @@ def test_rows_of_a_wider_tensor(device: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.gpu
-def test_split_sums_do_not_depend_on_who_was_last(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, device, (32, 128, 4, 4, 8))
+@pytest.mark.parametrize("config", [(32, 128, 4, 4, 8), ("stream", 64, 128, 4, 4, 2)])
+def test_split_sums_do_not_depend_on_who_was_last(
+    device: str, config: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, device, config)
     x, weight = torch.randn(16, 4096).bfloat16().to(device), torch.randn(512, 4096).bfloat16().to(device)
     first = linear(x, weight)
     for _ in range(200):
@@ -155,6 +173,12 @@ def test_tuned_tiles_fit_their_kernels() -> None:
             assert set(entry) == {"columns"}, key
             assert 0 < entry["columns"] < outputs, key
             assert entry["columns"] % 8 == 0, key  # an aligned start for what is computed apart
+        elif "per_processor" in entry:
+            assert set(entry) == {"block_n", "block_k", "num_warps", "stages", "per_processor"}, key
+            tokens = max(16, int(key.rsplit("/m", 1)[1]))
+            rows = tokens + entry["block_n"] * (2 if key.startswith("gated") else 1)
+            shared = 2 * entry["stages"] * entry["block_k"] * rows
+            assert shared * entry["per_processor"] < 220 * 1024, key
         elif entry["block_n"] and "split_k" in entry:
             assert set(entry) == {"block_n", "block_k", "num_warps", "stages", "split_k"}, key
             assert all(

@@ -17,6 +17,7 @@ from kubeinfer.kernels.cpu import library as cpu
 if TYPE_CHECKING:
     from kubeinfer.kernels.triton_linear import Config
     from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig
+    from kubeinfer.kernels.triton_stream_linear import StreamConfig
 
 # The most tokens that our GPU kernels take.
 MAX_FEW_ROWS = 64
@@ -102,7 +103,9 @@ def few_rows(x: Tensor) -> bool:
     )
 
 
-def few_rows_config(x: Tensor, weight: Tensor, n: int, kind: str) -> Config | SkinnyConfig | None:
+def few_rows_config(
+    x: Tensor, weight: Tensor, n: int, kind: str
+) -> Config | SkinnyConfig | StreamConfig | None:
     """The launch configuration of our GPU kernel for this product; None where cuBLAS serves it.
 
     ``n`` outputs; ``kind`` is ``plain`` or ``gated`` (then ``weight`` has ``2 n`` rows).

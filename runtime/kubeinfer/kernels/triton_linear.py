@@ -21,8 +21,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.fp8 import MAX_WIDE_ROWS
+from kubeinfer.kernels.norm import rms_norm
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig, skinny_linear_triton
+from kubeinfer.kernels.triton_stream_linear import StreamConfig, stream_linear_triton, streams
 
 # Loops of fewer steps are written out: no step then waits for a counter or loads past the end.
 _MOST_UNROLLED = 8
@@ -182,7 +184,7 @@ class Config:
 
 
 @functools.cache
-def find_config(m: int, n: int, k: int, kind: str) -> Config | SkinnyConfig | None:
+def find_config(m: int, n: int, k: int, kind: str) -> Config | SkinnyConfig | StreamConfig | None:
     """The configuration for ``m`` tokens, of this kernel or of the one for more tokens; None where cuBLAS is as fast, or
     nothing is known.
 
@@ -193,6 +195,8 @@ def find_config(m: int, n: int, k: int, kind: str) -> Config | SkinnyConfig | No
     found = tuned.lookup("linear", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
     if found is None or found["block_n"] == 0:
         return None
+    if "per_processor" in found:
+        return StreamConfig(**found) if streams() else None
     return SkinnyConfig(**found) if "split_k" in found else Config(**found)
 
 
@@ -219,7 +223,7 @@ def linear_triton(
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    config: Config | SkinnyConfig,
+    config: Config | SkinnyConfig | StreamConfig,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
@@ -236,6 +240,9 @@ def linear_triton(
         norm_weight: ``[K]``; None: ``x`` as it is.
         weight_scale: fp32, one a row of a float8_e4m3fn ``weight`` (K a multiple of 16); None: ``weight`` is of 16 bits.
     """
+    if isinstance(config, StreamConfig):
+        x = x if norm_weight is None else rms_norm(x, norm_weight, eps)
+        return stream_linear_triton(x, weight, bias, out, config, gated, add)
     if isinstance(config, SkinnyConfig):
         return skinny_linear_triton(x, weight, bias, out, config, norm_weight, eps, gated, add)
     m, k = x.shape

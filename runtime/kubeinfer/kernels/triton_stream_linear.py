@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # mypy: disable-error-code="assignment,misc"
-"""Triton kernel of `kubeinfer.kernels.fused_linear` for 3 to 64 tokens of large layers: weights stream through every multiprocessor.
+"""Triton kernel of `kubeinfer.kernels.fused_linear` for 3 to 32 tokens of large layers: weights stream through all processors.
 
 The work is cut evenly, whatever the number of outputs (stream-K: Osama et al., arXiv 2301.03598): tiles of outputs times steps
 over the inputs are one long list, of which each program takes an equal run. The copy engine (TMA) fetches the weights of the
@@ -21,10 +21,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+from kubeinfer.kernels.triton_launch import Kernel, has_tensor_memory_accelerator, overlaps_launches
 
 _SCRATCH_BYTES = 64 << 20
-AHEAD_BYTES = 64 << 10  # of weights that a program asks for before the kernel before it has ended
+# Of weights that a program asks for before the kernel before it has ended.
+_AHEAD_BYTES = 16 << 10
+_AHEAD_BYTES_GATED = 64 << 10
+_SHARED_BYTES = 200 << 10  # that a program of the tuned configurations may need
 _MOST_TILES = 16384
 
 
@@ -60,24 +63,20 @@ def _wait_for(counter, count):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["m", "eps"])
+@triton.jit(do_not_specialize=["m"])
 def _stream_kernel(
     x_rows,
     weight_rows,
-    norm_ptr,
     weight_ptr,
     bias_ptr,
     out_ptr,
     sums_ptr,
-    squares_ptr,
     counter_ptr,
     m,
-    eps,
     N: tl.constexpr,
     K: tl.constexpr,
     STRIDE_W: tl.constexpr,
     STRIDE_OUT: tl.constexpr,
-    NORM: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADD: tl.constexpr,
@@ -92,7 +91,9 @@ def _stream_kernel(
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     # A tile's steps are parts of at most so many programs' runs.
-    MOST_PARTS: tl.constexpr = 1 if STEPS % UNITS == 0 and UNITS == STEPS else (STEPS - 2 + UNITS) // UNITS + 1
+    MOST_PARTS: tl.constexpr = (
+        1 if STEPS % UNITS == 0 and UNITS == STEPS else (STEPS - 2 + UNITS) // UNITS + 1
+    )
     SUMS: tl.constexpr = 2 if GATED else 1
     program = tl.program_id(0)
     begin = program * UNITS
@@ -114,21 +115,11 @@ def _stream_kernel(
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    squares = tl.zeros([BLOCK_M], tl.float32)
     for unit in tl.range(begin, end, num_stages=STAGES):
         tile = unit // STEPS
         step = unit % STEPS
         x = x_rows.load([0, step * BLOCK_K])
         w = weight_rows.load([tile * BLOCK_N, step * BLOCK_K])
-        if NORM:
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            ks = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            if K % BLOCK_K == 0:
-                scale = tl.load(norm_ptr + ks).to(tl.float32)
-            else:
-                scale = tl.load(norm_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
-            x = (wide * scale[None, :]).to(x.dtype)
         acc = tl.dot(w, tl.trans(x), acc)
         if GATED:
             up = weight_rows.load([N + tile * BLOCK_N, step * BLOCK_K])
@@ -143,12 +134,10 @@ def _stream_kernel(
                 tl.store(slot, acc)
                 if GATED:
                     tl.store(slot + BLOCK_M * BLOCK_N, acc_up)
-                if NORM:
-                    tl.store(squares_ptr + program * BLOCK_M + tokens, squares)
                 _all_threads()  # all of this program's sums are stored before one of its threads counts it
                 tl.atomic_add(counter_ptr + tile, 1, sem="release")
             else:
-                if MOST_PARTS > 1:
+                if MOST_PARTS > 1:  # noqa: SIM102 - the first is known when the kernel is compiled
                     if high > low:
                         _wait_for(counter_ptr + tile, high - low)
                         tl.store(counter_ptr + tile, 0)
@@ -160,20 +149,9 @@ def _stream_kernel(
                                 acc_up += tl.load(
                                     slot + BLOCK_M * BLOCK_N, mask=mask, other=0.0, cache_modifier=".cg"
                                 )
-                            if NORM:
-                                squares += tl.load(
-                                    squares_ptr + (low + i) * BLOCK_M + tokens,
-                                    mask=(tokens >= 0) & (low + i <= high),
-                                    other=0.0,
-                                    cache_modifier=".cg",
-                                )
                 columns = tile * BLOCK_N + outputs
                 inside = columns < N
                 result = acc
-                if NORM:
-                    factor = tl.rsqrt(squares / K + eps)[None, :]
-                    result = result * factor
-                    acc_up = acc_up * factor
                 if HAS_BIAS:
                     result += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
                     if GATED:
@@ -190,10 +168,17 @@ def _stream_kernel(
                 tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
             acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            squares = tl.zeros([BLOCK_M], tl.float32)
 
 
 _STREAM = Kernel(_stream_kernel)
+
+
+@functools.cache
+def streams() -> bool:
+    """Whether this GPU has the copy engine, and as much shared memory as the steps in flight take."""
+    if not has_tensor_memory_accelerator():
+        return False
+    return int(torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin) >= _SHARED_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +195,6 @@ class StreamConfig:
 @dataclass(slots=True)
 class _Scratch:
     sums: Tensor  # fp32
-    squares: Tensor  # fp32
     counters: Tensor  # int32, zero between launches
 
 
@@ -219,7 +203,6 @@ def _scratch(device: torch.device) -> _Scratch:
     """Kernels of one stream use it one after the other: a kernel's programs end before the next kernel's begin to add."""
     return _Scratch(
         torch.empty(_SCRATCH_BYTES // 4, dtype=torch.float32, device=device),
-        torch.empty(4096 * 64, dtype=torch.float32, device=device),
         torch.zeros(_MOST_TILES, dtype=torch.int32, device=device),
     )
 
@@ -235,12 +218,10 @@ def stream_linear_triton(
     bias: Tensor | None,
     out: Tensor,
     config: StreamConfig,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
     gated: bool = False,
     add: bool = False,
 ) -> Tensor:
-    """As `kubeinfer.kernels.triton_linear.linear_triton`, for up to 64 tokens: ``x [M, K]`` of 16-bit numbers."""
+    """As `kubeinfer.kernels.triton_linear.linear_triton` without norm, for up to 64 tokens: ``x [M, K]`` of 16-bit numbers."""
     m, k = x.shape
     n = out.shape[1]
     block_m = max(16, triton.next_power_of_2(m))
@@ -256,13 +237,12 @@ def stream_linear_triton(
     args = (
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [block_m, config.block_k]),
         TensorDescriptor(weight, list(weight.shape), [weight.stride(0), 1], block),
-        norm_weight if norm_weight is not None else x, weight, bias if bias is not None else x, out, scratch.sums,
-        scratch.squares, scratch.counters, m, eps,
+        weight, bias if bias is not None else x, out, scratch.sums, scratch.counters, m,
     )  # fmt: skip
     rows = config.block_n * (2 if gated else 1)
-    ahead = 1 << (max(1, AHEAD_BYTES // rows // 128).bit_length() - 1)
+    ahead = 1 << (max(1, (_AHEAD_BYTES_GATED if gated else _AHEAD_BYTES) // rows // 128).bit_length() - 1)
     constants = (
-        n, k, weight.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None, add,
+        n, k, weight.stride(0), out.stride(0), gated, bias is not None, add,
         block_m, config.block_n, config.block_k, units, config.stages, ahead, pdl,
     )  # fmt: skip
     _STREAM.launch((programs, 1, 1), args, constants, config.num_warps, config.stages, pdl=pdl)

@@ -38,6 +38,12 @@ def capture_sizes(max_num_seqs: int, asked: list[int] | None = None) -> list[int
     return sorted(chosen)
 
 
+def shared_sizes(sizes: list[int]) -> list[int]:
+    """Of ``sizes`` those captured for shared prefixes too. Far apart: each takes some 30 ms of the start."""
+    large = [s for s in sizes if s >= MIN_BATCH]
+    return [s for s in large if s % (16 if s < 128 else 128) == 0 or s == large[-1]]
+
+
 class DecodeGraphs:
     """Captured decode steps by batch size, over shared input and logits buffers."""
 
@@ -56,16 +62,16 @@ class DecodeGraphs:
     ):
         """``stage``: of a pipeline. Its graphs begin and end with hidden states; what is sent is not part of them.
 
-        ``shares_prefixes``: graphs of `MIN_BATCH` rows and more take what rows share.
+        ``shares_prefixes``: some sizes are captured a second time, for rows that share a prefix (see `shared_sizes`).
         """
         self.stage = stage or Stage()
-        self._shares_prefixes = shares_prefixes
         self.model = model
         self.tables = tables
         self.kv_caches = kv_caches
         self.workspace = workspace
         self.block_size = block_size
         self.sizes = sizes
+        self._shared_sizes = shared_sizes(sizes) if shares_prefixes else []
         largest = sizes[-1]
         device = tables.device
         max_blocks = tables.block_table.shape[1]
@@ -83,29 +89,35 @@ class DecodeGraphs:
         self.hidden_in = torch.zeros(0 if self.stage.first else largest, hidden, dtype=dtype, device=device)
         self.hidden_out = torch.zeros(0 if self.stage.last else largest, hidden, dtype=dtype, device=device)
         self._tokens = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[
+            tuple[int, bool], torch.cuda.CUDAGraph
+        ] = {}  # by size, and whether rows share a prefix
 
     def capture(self) -> Any:
         """Capture every size, the largest first so that the smaller ones reuse its memory; returns the pool."""
         self._host_inputs[0].fill_(self.tables.spare_row)
         pool = None
-        for size in reversed(self.sizes):
+        for key in self._keys():
             # The first call compiles kernels for this size and lets cuBLAS take its workspace outside the graph.
-            self._step(size)
+            self._step(*key)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._step(size)
+                self._step(*key)
             pool = pool or graph.pool()
-            self._graphs[size] = graph
+            self._graphs[key] = graph
         return pool
+
+    def _keys(self) -> list[tuple[int, bool]]:
+        found = [(size, False) for size in self.sizes] + [(size, True) for size in self._shared_sizes]
+        return sorted(found, reverse=True)
 
     def run(self) -> None:
         """Run every size outside a graph."""
-        for size in reversed(self.sizes):
-            self._step(size)
+        for key in self._keys():
+            self._step(*key)
 
-    def _step(self, size: int) -> None:
+    def _step(self, size: int, shares: bool) -> None:
         tables, inputs = self.tables, self._inputs
         rows, starts, members, shared_tokens = self._host_inputs[:, :size]
         tables.computed.index_copy_(0, rows.long(), starts)
@@ -123,7 +135,7 @@ class DecodeGraphs:
             num_decodes=size,
             kv_caches=self.kv_caches,
             workspace=self.workspace,
-            shared=SharedPrefix(members, shared_tokens) if self._takes_shared(size) else None,
+            shared=SharedPrefix(members, shared_tokens) if shares else None,
         )
         hidden = self.model.forward(
             inputs.input_ids[:size] if self.stage.first else self.hidden_in[:size], step
@@ -143,9 +155,6 @@ class DecodeGraphs:
     def fits(self, batch: int) -> bool:
         return batch <= self.sizes[-1]
 
-    def _takes_shared(self, size: int) -> bool:
-        return self._shares_prefixes and size >= MIN_BATCH
-
     def replay(
         self, rows: NDArray[np.int32], starts: NDArray[np.int32], shared: SharedBlocks | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -155,16 +164,17 @@ class DecodeGraphs:
         ``hidden_out`` and nothing else.
         """
         batch = len(rows)
-        size = self.sizes[bisect.bisect_left(self.sizes, batch)]
-        fields = 4 if self._takes_shared(size) else 2
+        shares = shared is not None and bool(self._shared_sizes) and batch <= self._shared_sizes[-1]
+        sizes = self._shared_sizes if shares else self.sizes
+        size = sizes[bisect.bisect_left(sizes, batch)]
+        fields = 4 if shares else 2
         host = torch.empty(fields, size, dtype=torch.int32, pin_memory=True)
         array = host.numpy()
         array[0, :batch], array[1, :batch] = rows, starts
         array[0, batch:], array[1, batch:] = self.tables.spare_row, 0
-        if fields == 4:
+        if shares and shared is not None:
             array[2], array[3] = -1, 0
-            if shared is not None:
-                shared.fill(array[2], array[3])
+            shared.fill(array[2], array[3])
         self._host_inputs[:fields, :size].copy_(host, non_blocking=True)
-        self._graphs[size].replay()
+        self._graphs[size, shares].replay()
         return self._tokens[:batch], self._logits[:batch]

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from kubeinfer.worker.tables import RowTables
 
-# When a pass of its own over the shared blocks pays. The pass takes some microseconds in each layer whatever it finds, so
-# captured batches have it from MIN_BATCH decode rows on, and a group of rows is worth it only if reading its prefix once
-# saves a layer MIN_SAVED_BYTES (about 10 us at the speed of the L2 cache). Few rows leave a tile of the tensor cores
-# mostly empty, and a short prefix leaves programs with next to no work.
+# When a pass of its own over the shared blocks pays. The pass takes 5 to 8 us in each layer whatever it finds, so captured
+# decode steps without it exist too; a group of rows is worth it only if reading its prefix once saves a layer
+# MIN_SAVED_BYTES (about 10 us at the speed of the L2 cache). Few rows leave a tile of the tensor cores mostly empty, and a
+# short prefix leaves programs with next to no work.
 MIN_BATCH = 32
 MIN_MEMBERS = 16
 MIN_TOKENS = 128

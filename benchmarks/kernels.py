@@ -245,7 +245,7 @@ def sampler(table: Table, batch: int, vocab: int = 151936) -> None:
             name: str, temperature: Tensor, p: float, k: bool, sampled: bool = True, x: Tensor = logits
         ) -> None:
             run = partial(
-                sample, x, temperature, top_k, ones * p, zeros, seeds, seeds, any_sampled=sampled, any_top_k=k,
+                sample, x, temperature, top_k * int(k), ones * p, zeros, seeds, seeds, any_sampled=sampled, any_top_k=k,
                 any_top_p=p < 1, any_min_p=False,
             )  # fmt: skip
             table.row(f"{name}, {batch} {str(x.dtype)[6:]}", x.nbytes, run)

@@ -150,6 +150,17 @@ def test_mixed(device: str, block_size: int) -> None:
     check(device, torch.float32, lengths[:3], (14, 2), 64, block_size, strided=True)
 
 
+@pytest.mark.parametrize("num_decodes", [2, 5, 70])
+def test_unused_sequences_of_a_captured_step(device: str, num_decodes: int) -> None:
+    """Decodes and chunks without a token; the places of unused decodes are those of the chunks' first tokens."""
+    nothing = (0, 0)
+    decodes = [(1, 33), (1, 170)] + [nothing] * (num_decodes - 2)
+    for chunks in ([(130, 131), nothing, nothing], [(40, 40), (3, 90), (1, 7), (64, 700)], [(90, 600)]):
+        check(device, torch.float32, decodes + chunks, (14, 2), 64, num_decodes=num_decodes)
+        check(device, torch.bfloat16, decodes + chunks, (14, 2), 64, num_decodes=num_decodes, window=50)
+        check(device, torch.bfloat16, decodes + chunks, (28, 4), 128, num_decodes=num_decodes)
+
+
 @pytest.mark.parametrize("window", [1, 7, 64, 100])
 def test_sliding_window(device: str, window: int) -> None:
     lengths = [(1, 33), (1, 190), (1, 1), (40, 40), (3, 90), (130, 201)]

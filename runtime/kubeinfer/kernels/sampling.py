@@ -119,7 +119,8 @@ def sample(
         min_p: fp32 ``[B]``; 0: off.
         seeds: int64 ``[B]``.
         positions: int32 or int64 ``[B]``, the position the sampled token will have.
-        any_sampled, any_top_k, any_top_p, any_min_p: false where the host knows that no row uses it, which skips work.
+        any_sampled, any_top_k, any_top_p, any_min_p: false where the host knows that no (sampled) row uses it, which
+            skips work.
 
     Returns:
         int64 ``[B]``.
@@ -127,19 +128,10 @@ def sample(
     if logits.is_cuda:
         from kubeinfer.kernels.triton_sampling import sample_triton
 
-        always = batch_invariant() and any_sampled  # one variant of the kernel, whatever other rows ask for
+        # Under batch invariance one variant of the kernel, whatever other rows ask for.
+        any_filtered = any_top_k or any_top_p or any_min_p or batch_invariant()
         return sample_triton(
-            logits,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seeds,
-            positions,
-            any_sampled,
-            any_top_k or always,
-            any_top_p or always,
-            any_min_p or always,
+            logits, temperature, top_k, top_p, min_p, seeds, positions, any_sampled, any_filtered
         )
     tensors = [logits, temperature, top_k, top_p, min_p, seeds, positions]
     flags = {

@@ -261,7 +261,6 @@ def paged_attention_triton(
         )
     num_prefills = seq_lens.shape[0] - num_decodes
     if num_prefills > 0:
-        num_queries = num_tokens - num_decodes
         k_rows = v_rows = row_starts = None
         rows_per_head = 0
         tma = False
@@ -269,7 +268,7 @@ def paged_attention_triton(
             # Without the exact sum, an upper bound. The rows stay within a small multiple of the step's own tokens.
             total = prefill_kv_tokens if prefill_kv_tokens is not None else num_prefills * max_seq_len
             rows_per_head = (total // _GATHER_TILE + num_prefills) * _GATHER_TILE
-            tma = rows_per_head <= 2 * max(num_queries, 8192) and has_tensor_memory_accelerator()
+            tma = rows_per_head <= 2 * max(num_tokens, 8192) and has_tensor_memory_accelerator()
         block_m, block_n, num_warps, num_stages = _prefill_config(head_dim, group, wide, fp8, tma)
         if tma:
             rows = torch.empty(
@@ -289,7 +288,8 @@ def paged_attention_triton(
             )  # fmt: skip
             k_rows = TensorDescriptor(rows[0], list(rows.shape[1:]), [head_dim, 1], [block_n, head_dim])
             v_rows = TensorDescriptor(rows[1], list(rows.shape[1:]), [head_dim, 1], [block_n, head_dim])
-        tiles = num_queries // (block_m // group) + num_prefills
+        # Of all tokens: those of decodes that a captured step leaves unused are prompts'. A tile too many ends at once.
+        tiles = num_tokens // (block_m // group) + num_prefills
         _PREFILL.launch(
             (num_kv_heads, tiles, 1),
             (

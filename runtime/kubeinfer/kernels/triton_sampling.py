@@ -201,20 +201,12 @@ def _search(base, vocab, inverse, top, low, floor, target, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def _limits(
-    k_ptr, p_ptr, min_p_ptr, row, vocab, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr
-):
+def _limits(k_ptr, p_ptr, min_p_ptr, row, vocab):
     """(k, top_p, min_p, whether any filters) of a row; k is 0 where off."""
-    k = 0
-    p = 1.0
-    share = 0.0
-    if TOP_K:
-        k = tl.load(k_ptr + row)
-        k = tl.where(k < vocab, tl.maximum(k, 0), 0)
-    if TOP_P:
-        p = tl.load(p_ptr + row)
-    if MIN_P:
-        share = tl.load(min_p_ptr + row)
+    k = tl.load(k_ptr + row)
+    k = tl.where(k < vocab, tl.maximum(k, 0), 0)
+    p = tl.load(p_ptr + row)
+    share = tl.load(min_p_ptr + row)
     return k, p, share, (k > 0) | (p < 1.0) | (share > 0.0)
 
 
@@ -233,14 +225,11 @@ def _neighbours_kernel(
     part_blocks,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    MIN_P: tl.constexpr,
 ):
-    """For every SIZE neighbours of a row: the largest ``x``, and ``sum(exp(x - largest))``."""
+    """For every SIZE neighbours of a row: the largest ``x``, and ``sum(exp(x - largest))`` where top-p asks for it."""
     row = tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
-    _, _, _, limited = _limits(top_k_ptr, top_p_ptr, min_p_ptr, row, vocab, TOP_K, TOP_P, MIN_P)
+    _, p, _, limited = _limits(top_k_ptr, top_p_ptr, min_p_ptr, row, vocab)
     if (temperature > 0.0) & limited:
         inverse = 1.0 / temperature
         base = logits_ptr + row.to(tl.int64) * stride
@@ -252,7 +241,7 @@ def _neighbours_kernel(
             top = tl.max(x, 1)
             shift = tl.where(top == float("-inf"), 0.0, top)
             tl.store(top_ptr + row * groups + group, top, mask=group < groups)
-            if TOP_P:
+            if p < 1.0:
                 tl.store(
                     mass_ptr + row * groups + group,
                     tl.sum(tl.exp(x - shift[:, None]), 1),
@@ -305,13 +294,10 @@ def _threshold_kernel(
     SIZE: tl.constexpr,
     COLLECTED: tl.constexpr,
     BLOCK: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    MIN_P: tl.constexpr,
 ):
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
-    k, p, share, limited = _limits(top_k_ptr, top_p_ptr, min_p_ptr, row, vocab, TOP_K, TOP_P, MIN_P)
+    k, p, share, limited = _limits(top_k_ptr, top_p_ptr, min_p_ptr, row, vocab)
     threshold = float("-inf")
     if (temperature > 0.0) & limited:
         inverse = 1.0 / temperature
@@ -365,9 +351,8 @@ def _threshold_kernel(
             # Entries below the level count too, unless a filter has put the threshold above it.
             complete = everything | (_key(threshold) >= high)
             if (not complete) & (threshold == float("-inf")):
-                if TOP_P:
-                    masses = tl.load(mass_ptr + row * groups + group, mask=group < groups, other=0.0)
-                    target = p * tl.sum(masses * tl.exp(tops - top), 0)
+                masses = tl.load(mass_ptr + row * groups + group, mask=group < groups, other=0.0)
+                target = p * tl.sum(masses * tl.exp(tops - top), 0)
                 complete = True
             settled = complete & (mass >= target)
             if settled:
@@ -411,11 +396,12 @@ def sample_triton(
     seeds: Tensor,
     positions: Tensor,
     any_sampled: bool,
-    any_top_k: bool,
-    any_top_p: bool,
-    any_min_p: bool,
+    any_filtered: bool,
 ) -> Tensor:
-    """`kubeinfer.kernels.sampling.sample` on CUDA tensors."""
+    """`kubeinfer.kernels.sampling.sample` on CUDA tensors; ``any_filtered``: some row has a top-k, top-p or min-p.
+
+    Kernels have three variants for a type of logits: which filters a row has, and a greedy step's placeholders, make no more.
+    """
     batch, vocab = logits.shape
     device = logits.device
     out = torch.empty(batch, dtype=torch.int64, device=device)
@@ -427,22 +413,23 @@ def sample_triton(
     blocks = triton.cdiv(vocab, block)
     part_blocks = triton.cdiv(blocks, max(1, min(blocks, triton.cdiv(1056, batch))))
     parts = triton.cdiv(blocks, part_blocks)
-    filtered = any_sampled and (any_top_k or any_top_p or any_min_p)
+    filtered = any_sampled and any_filtered
     threshold = temperature
+    if not any_sampled:
+        seeds = positions = out  # not read; their types would make another variant
     if filtered:
         groups = triton.cdiv(vocab, _NEIGHBOURS)
         threshold = torch.empty(batch, dtype=torch.float32, device=device)
         tops = torch.empty(2, batch, groups, dtype=torch.float32, device=device)
         members = torch.empty(batch, _COLLECTED, dtype=torch.int32, device=device)
-        flags = {"TOP_K": any_top_k, "TOP_P": any_top_p, "MIN_P": any_min_p}
         _neighbours_kernel[(parts, batch)](
             logits, temperature, top_k, top_p, min_p, tops[0], tops[1], logits.stride(0), vocab, groups, part_blocks,
-            GROUPS=block // _NEIGHBOURS, SIZE=_NEIGHBOURS, **flags, num_warps=8,
+            GROUPS=block // _NEIGHBOURS, SIZE=_NEIGHBOURS, num_warps=8,
         )  # fmt: skip
         _threshold_kernel[(batch,)](
             logits, temperature, top_k, top_p, min_p, tops[0], tops[1], members, threshold, logits.stride(0), vocab,
             groups, GROUPS_PAD=triton.next_power_of_2(groups), SIZE=_NEIGHBOURS, COLLECTED=_COLLECTED, BLOCK=4096,
-            **flags, num_warps=16,
+            num_warps=16,
         )  # fmt: skip
     best = torch.empty(batch, parts, dtype=torch.float32, device=device)
     index = torch.empty(batch, parts, dtype=torch.int32, device=device)

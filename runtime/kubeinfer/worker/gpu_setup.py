@@ -198,13 +198,17 @@ def _warm_up_sampling(runner: ModelRunner, noted: bool) -> None:
     """Sample once in each way that has kernels of its own, by the sampler's own path."""
     sampler, row = runner.sampler, np.zeros(1, np.int32)
     logits = torch.zeros(1, runner.model.config.vocab_size, dtype=runner.dtype, device=runner.device)
-    ways: list[dict[str, Any]] = [{}, {"top_k": 20}, {"top_p": 0.9}, {"top_k": 20, "top_p": 0.9}]
-    ways.append({"top_k": 20, "top_p": 0.9, "min_p": 0.1})
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 20},
+    ]
+    # Edited logits are float32, and have variants of their own.
+    ways = [{**kind, **edit} for kind in kinds for edit in ({}, {"logit_bias": {0: 0.0}})]
     if not noted:  # tokens that no kernel has written would be counted
-        ways += [{"presence_penalty": 0.1}, {"logprobs": 1}]
-        ways.append({"top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1})
+        ways += [{"temperature": 1.0, "presence_penalty": 0.1}, {"temperature": 1.0, "logprobs": 1}]
     for way in ways:
-        params = SamplingParams(temperature=1.0, **way)
+        params = SamplingParams(**way)
         new = NewRow(0, [0], 1, params, seed=0, block_ids=[], eos_token_ids=[], max_total=2)
         plan = StepPlan(0, [0], [0], [1], 1, [0], [new], [], [])
         sampler.apply(plan)

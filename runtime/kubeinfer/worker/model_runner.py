@@ -121,8 +121,9 @@ class ModelRunner:
         starts = np.array(plan.starts, np.int32)
         if self.graphs is not None and plan.num_decodes == len(rows) and self.graphs.fits(len(rows)):
             return self._replay(plan, rows, starts)
-        if self.mixed_graphs is not None and plan.num_decodes == len(rows) - 1 and not self._prompt_logprobs:
-            key = self.mixed_graphs.pick(plan.num_decodes, plan.num_tokens[-1])
+        if self.mixed_graphs is not None and not self._prompt_logprobs:
+            decodes = plan.num_decodes
+            key = self.mixed_graphs.pick(decodes, sum(plan.num_tokens[decodes:]), len(rows) - decodes)
             if key is not None:
                 return self._replay_mixed(key, plan, rows, starts)
         inputs, step = self._inputs(plan, rows, starts)
@@ -187,20 +188,18 @@ class ModelRunner:
         graphs = self.mixed_graphs
         if graphs is None:
             raise RuntimeError("no graph was captured")
-        chunk_samples = len(plan.sampled) == len(rows)
         decodes = plan.num_decodes
         shared = self._shared_blocks(rows[:decodes], starts[:decodes])
-        real = graphs.replay(key, self._host_inputs(plan, rows, starts), decodes, chunk_samples, shared)
-        if not chunk_samples:
-            rows, starts, real = rows[:-1], starts[:-1], real[:-1]
-        if not len(rows):
+        real = graphs.replay(key, plan, rows, starts, shared)
+        if not len(real):
             return PendingResult(torch.empty(0, dtype=torch.int64))
+        sampled = np.array(plan.sampled, np.int32)
+        rows = rows[sampled]
         if self.sampler.is_plain(rows):
-            return PendingResult(graphs.tokens[: key[0] + 1], keep=real.tolist())
-        positions = starts + np.array([plan.num_tokens[i] for i in plan.sampled], np.int32)
-        logits = graphs.logits[self._to(real.numpy())]
-        tokens, logprobs = self.sampler.sample(logits, rows, positions, plan)
-        self.tables.last_tokens[self._to(rows)] = tokens
+            return PendingResult(graphs.tokens[: int(real[-1]) + 1], keep=real.tolist())
+        positions = starts[sampled] + np.array(plan.num_tokens, np.int32)[sampled]
+        tokens, logprobs = self.sampler.sample(graphs.logits[self._to(real)], rows, positions, plan)
+        self._keep_tokens(rows, tokens)
         return PendingResult(tokens, logprobs)
 
     def _host_inputs(

@@ -49,24 +49,29 @@ class RowTables:
 
     def apply(self, plan: StepPlan) -> None:
         """Take in the plan's new rows and newly given blocks."""
-        table = self.block_table
-        changed: list[NDArray[np.int64]] = []
-        width = table.shape[1]
+        self.version += bool(plan.new_rows)
+        width, table = self.block_table.shape[1], self.block_table.reshape(-1)
+        where: list[int] = []  # within the table
+        blocks: list[int] = []
         for new in plan.new_rows:
-            self.tokens[new.row] = np.asarray(new.token_ids, np.int32)
-            count = len(new.block_ids)
-            table[new.row, :count] = new.block_ids
-            changed.append(np.arange(new.row * width, new.row * width + count))
-        if plan.new_rows:
-            self.version += 1
-            last = to_device([[n.row, n.token_ids[-1]] for n in plan.new_rows], self.device)
-            self.last_tokens[last[:, 0]] = last[:, 1]
+            self.tokens[new.row] = np.array(new.token_ids, np.int32)
+            where += range(new.row * width, new.row * width + len(new.block_ids))
+            blocks += new.block_ids
         for row, start, ids in plan.new_blocks:
-            table[row, start : start + len(ids)] = ids
-            if not self._shared:
-                first = row * width + start
-                changed.append(np.arange(first, first + len(ids)))
-        if changed and not self._shared:
-            where = np.concatenate(changed)
-            update = to_device(np.stack((where, table.reshape(-1)[where].astype(np.int64))), self.device)
-            self.block_table_device.view(-1).index_copy_(0, update[0], update[1].int())
+            where += range(row * width + start, row * width + start + len(ids))
+            blocks += ids
+        table[np.array(where, np.int64)] = blocks
+        if self._shared:
+            for new in plan.new_rows:
+                self.last_tokens[new.row] = new.token_ids[-1]
+        elif where or plan.new_rows:
+            # In one transfer: what a step sends is small, and each has its price.
+            count = len(where)
+            host = np.empty((2, count + len(plan.new_rows)), np.int64)
+            host[0, :count], host[0, count:] = where, [new.row for new in plan.new_rows]
+            host[1, :count], host[1, count:] = table[where], [new.token_ids[-1] for new in plan.new_rows]
+            at, values = to_device(host, self.device)
+            if count:
+                self.block_table_device.view(-1).index_copy_(0, at[:count], values[:count].int())
+            if plan.new_rows:
+                self.last_tokens.index_copy_(0, at[count:], values[count:])

@@ -16,9 +16,11 @@ from fixtures.tiny_gguf import mixed_types, write_gguf
 from fixtures.tiny_models import TINY_MODELS, tiny_model
 from kubeinfer.engine.client import EngineClient, make_client
 from kubeinfer.engine.messages import EngineRequest
+from kubeinfer.engine.plan import StepPlan
 from kubeinfer.model_config import load_model_config
 from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
+from kubeinfer.worker.mixed_graph import CHUNKS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -131,13 +133,85 @@ def test_tokens_after_a_shared_prefix_equal_the_cpu_engines(name: str) -> None:
         gpu.shutdown()
 
 
+def note_captured(client: Any) -> tuple[list[tuple[int, int, int]], list[StepPlan]]:
+    """Lists that fill with the captured steps that hold prompts (decodes, chunks, chunks that sample), and the eager ones."""
+    runner = client.core.executor.worker.runner
+    captured: list[tuple[int, int, int]] = []
+    eager: list[StepPlan] = []
+    replay, inputs = runner.mixed_graphs.replay, runner._inputs
+
+    def noted(key: tuple[int, int], plan: StepPlan, *args: Any) -> Any:
+        d = plan.num_decodes
+        captured.append((d, len(plan.rows) - d, len(plan.sampled) - d))
+        assert runner.mixed_graphs._shapes[key].graph is not None
+        return replay(key, plan, *args)
+
+    def noted_eager(plan: StepPlan, *args: Any) -> Any:
+        eager.append(plan)
+        return inputs(plan, *args)
+
+    runner.mixed_graphs.replay, runner._inputs = noted, noted_eager
+    return captured, eager
+
+
 def test_one_prompt_at_a_time_takes_the_captured_path_and_stays_equal() -> None:
     path = str(tiny_model("llama"))
     prompts = random_prompts(2, 12, longest=300)
     cpu, gpu = make(path, "cpu"), make(path, "cuda", max_num_seqs=16)
+    captured, eager = note_captured(gpu)
     for prompt in prompts:
         assert generate(gpu, [prompt], 8) == generate(cpu, [prompt], 8)
-    assert gpu.core.executor.worker.runner.mixed_graphs is not None
+    assert captured == [(0, 1, 1)] * len(prompts)
+    assert not eager
+
+
+def bursts(
+    client: EngineClient, seed: int, count: int, most: int, kinds: list[dict[str, Any]], longest: int = 140
+) -> dict[str, list[int]]:
+    """Tokens of ``count`` requests that come up to ``most`` at once while others run."""
+    rng = random.Random(seed)
+    found: dict[str, list[int]] = {}
+    while len(found) < count or client.has_unfinished_requests():
+        if len(found) < count and (rng.random() < 0.4 or not client.has_unfinished_requests()):
+            for _ in range(rng.randrange(1, most + 1)):
+                number = len(found)
+                prompt = [rng.randrange(5, 500) for _ in range(rng.choice([1, 5, 17, 60, longest]))]
+                params = {"seed": number, **kinds[number % len(kinds)]}
+                client.add_requests([request(str(number), prompt, rng.randrange(1, 24), **params)])
+                found[str(number)] = []
+        for output in client.step().outputs:
+            found[output.request_id] += output.new_token_ids
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "qwen3", "opt"])
+def test_bursts_of_prompts_beside_decodes_take_the_captured_path_and_stay_equal(name: str) -> None:
+    """Several prompts a step, whole and in parts, for greedy and sampling requests; several numbers of decodes."""
+    path = str(tiny_model(name))
+    greedy: list[dict[str, Any]] = [{}]
+    varied: list[dict[str, Any]] = [
+        {}, {"temperature": 0.8, "top_k": 20}, {"logprobs": 1}, {"temperature": 0.7, "top_p": 0.9, "logprobs": 2}, {},
+        {"repetition_penalty": 1.3}, {"temperature": 1.0, "min_p": 0.02, "presence_penalty": 0.2},
+    ]  # fmt: skip
+    cpu = make(path, "cpu", max_num_seqs=128)
+    for kinds, count, most, options in (
+        (greedy, 60, 6, {"max_num_seqs": 16}),
+        (greedy, 200, 12, {"max_num_seqs": 100}),
+        (varied, 100, 6, {"max_num_seqs": 60, "enable_prefix_caching": False}),
+        (greedy, 80, 6, {"max_num_seqs": 40, "max_num_batched_tokens": 100, "async_scheduling": False}),
+        (varied, 60, 6, {"max_num_seqs": 20, "max_num_batched_tokens": 70, "num_gpu_blocks_override": 60, "max_model_len": 256}),
+    ):  # fmt: skip
+        gpu = make(path, "cuda", **options)
+        captured, eager = note_captured(gpu)
+        assert bursts(gpu, 31, count, most, kinds) == bursts(cpu, 31, count, most, kinds), options
+        assert sum(d > 0 and chunks > 1 for d, chunks, _ in captured) > 4, options
+        if "max_num_batched_tokens" in options:
+            assert any(samples < chunks for _, chunks, samples in captured), options
+        # Steps of more chunks than a captured one has, and of decodes beside them.
+        assert all(len(plan.rows) - plan.num_decodes > CHUNKS for plan in eager), options
+        gpu.core.check_integrity()
+        gpu.shutdown()
+    cpu.shutdown()
 
 
 def test_seeded_sampling_equals_the_cpus() -> None:
@@ -182,9 +256,11 @@ def test_no_request_waits_for_a_compiler(tmp_path: Path, monkeypatch: pytest.Mon
     found = share_small_prefixes(client)
     compiled = set(tmp_path.rglob("*.cubin"))
     assert compiled
-    for seed, params in enumerate(
-        ({}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"logprobs": 2}, {"presence_penalty": 0.5})
-    ):  # fmt: skip
+    for seed, params in enumerate((
+        {}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"logprobs": 2}, {"presence_penalty": 0.5},
+        {"temperature": 0.7, "min_p": 0.1}, {"temperature": 0.7, "repetition_penalty": 1.2, "top_p": 0.9, "logprobs": 1},
+        {"logit_bias": {7: 1.0}}, {"prompt_logprobs": 1},
+    )):  # fmt: skip
         generate(client, random_prompts(seed, 40, 120), 12, **params)
         generate(client, random_prompts(seed + 10, 1), 5, **params)
         prompts = prompts_with_prefix(seed, 60, 150)

@@ -24,6 +24,7 @@ from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
 from kubeinfer.worker.mixed_graph import CHUNKS, ROWS, MixedGraphs
 from kubeinfer.worker.model_runner import ModelRunner
+from kubeinfer.worker.shared_prefix import SharedBlocks
 from kubeinfer.worker.tables import RowTables
 
 CPU = torch.device("cpu")
@@ -120,6 +121,27 @@ def test_a_padded_steps_inputs_are_the_eager_steps(case: tuple[StepPlan, RowTabl
     assert stored == {int(places[i]): plan.rows[i] for i in plan.sampled}
 
 
+def test_what_decodes_share_is_of_the_step_at_hand() -> None:
+    tables = RowTables(64, 40, CPU)
+    graphs = MixedGraphs(None, tables, [], None, 8, torch.float32, BLOCK, 64, 512, shares_prefixes=True)
+    shape = graphs._shapes[56, 128]
+    assert "members" not in graphs._shapes[16, 128].fields
+    tables.tokens[40] = np.arange(30, dtype=np.int32)
+    plan = StepPlan(1, list(range(41)), [300] * 40 + [0], [1] * 40 + [30], 40, list(range(41)), [], [], [])
+    rows, starts = np.arange(41, dtype=np.int32), np.array(plan.starts, np.int32)
+    buffer = np.full(shape.packing.size, 5, np.int32)
+    group = np.arange(3, 30)
+    for shared in (SharedBlocks(group, 256), None):
+        graphs._fill(shape, buffer, plan, rows, starts, shared)
+        fields = shape.packing.host_views(buffer)
+        of_all = shared is not None
+        assert fields["members"].tolist() == (group.tolist() if of_all else []) + [-1] * (
+            29 if of_all else 56
+        )
+        assert np.flatnonzero(fields["shared_tokens"]).tolist() == (group.tolist() if of_all else [])
+        assert set(fields["shared_tokens"]) == ({0, 256} if of_all else {0})
+
+
 @dataclass
 class Traffic:
     """Requests that come in bursts beside those that run, so that steps have decodes and several chunks."""
@@ -144,12 +166,12 @@ class Traffic:
             )  # fmt: skip
             replay = runner.mixed_graphs.replay
 
-            def noted(key: tuple[int, int], plan: StepPlan, rows: Any, starts: Any) -> Any:
+            def noted(key: tuple[int, int], plan: StepPlan, *args: Any) -> Any:
                 d = plan.num_decodes
                 self.steps.append((d, len(plan.rows) - d, len(plan.sampled) - d))
-                return replay(key, plan, rows, starts)
+                return replay(key, plan, *args)
 
-            runner.mixed_graphs.replay = noted  # type: ignore[method-assign]
+            runner.mixed_graphs.replay = noted  # type: ignore[assignment, method-assign]
         rng = random.Random(5)
         kinds: list[dict[str, Any]] = [
             {}, {}, {"temperature": 0.9, "top_p": 0.9}, {"temperature": 1.1, "top_k": 30, "logprobs": 2},

@@ -13,6 +13,7 @@ from kubeinfer.engine.messages import TokenLogprobs
 from kubeinfer.engine.plan import NewRow, StepPlan
 from kubeinfer.kernels import sampling as kernels
 from kubeinfer.kernels.batch_invariance import batch_invariant
+from kubeinfer.worker.packing import pack
 from kubeinfer.worker.tables import to_device
 
 _NEVER = float("-inf")
@@ -151,14 +152,26 @@ class Sampler:
         temperature = self.temperature[rows]
         sampled = temperature > 0
         top_k, top_p, min_p = self.top_k[rows], self.top_p[rows], self.min_p[rows]
+        # In one transfer: a decode step sends them again and again.
+        buffer, packing = pack(
+            {
+                "temperature": temperature.view(np.int32),
+                "top_k": top_k,
+                "top_p": top_p.view(np.int32),
+                "min_p": min_p.view(np.int32),
+                "seeds": self.seeds[rows].view(np.int32),
+                "positions": positions,
+            }
+        )
+        sent = packing.views(self._to(buffer))
         tokens = kernels.sample(
             logits,
-            self._to(temperature),
-            self._to(top_k),
-            self._to(top_p),
-            self._to(min_p),
-            self._to(self.seeds[rows]),
-            self._to(positions),
+            sent["temperature"].view(torch.float32),
+            sent["top_k"],
+            sent["top_p"].view(torch.float32),
+            sent["min_p"].view(torch.float32),
+            sent["seeds"].view(torch.int64),
+            sent["positions"],
             any_sampled=bool(sampled.any()),
             any_top_k=bool((sampled & (top_k > 0)).any()),
             any_top_p=bool((sampled & (top_p < 1)).any()),

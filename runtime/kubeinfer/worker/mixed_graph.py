@@ -25,7 +25,7 @@ from kubeinfer.kernels.sampling import sample
 from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.attention import StepContext
 from kubeinfer.worker.packing import Packing
-from kubeinfer.worker.shared_prefix import MIN_BATCH, SharedBlocks
+from kubeinfer.worker.shared_prefix import SharedBlocks
 from kubeinfer.worker.tables import RowTables
 
 CHUNKS = 8
@@ -39,6 +39,8 @@ ROWS: dict[int, tuple[int, ...]] = {
     120: (192, 256, 320, 384, 448, 512, 640, 768, 1024),
     256: (320, 384, 448, 512, 576, 640, 768, 896, 1024, 1280, 1536, 2048),
 }
+# Decodes from which a shape has the pass over a shared prefix, which takes 5 us a layer where nothing is shared.
+_MIN_SHARED = 100
 _ON_DEVICE = -1  # in place of a token that only the device knows
 
 
@@ -72,7 +74,7 @@ class MixedGraphs:
     ):
         """``max_rows`` requests run at once, and a step has ``max_tokens`` tokens at most: no shape is larger.
 
-        ``shares_prefixes``: steps of `MIN_BATCH` decodes and more take what these share.
+        ``shares_prefixes``: steps of `_MIN_SHARED` decodes and more take what these share.
         """
         self.model = model
         self._shares_prefixes = shares_prefixes
@@ -108,7 +110,7 @@ class MixedGraphs:
             "positions": rows,
             "slots": rows,
         }
-        if self._shares_prefixes and decodes >= MIN_BATCH:
+        if self._shares_prefixes and decodes >= _MIN_SHARED:
             sizes |= {"members": decodes, "shared_tokens": decodes}
         packing = Packing(sizes)
         buffer = torch.zeros(packing.size, dtype=torch.int32, device=self.tables.device)

@@ -11,7 +11,7 @@ import pytest
 
 from fixtures.tiny_models import tiny_model
 from kubeinfer.async_llm import AsyncLLM
-from kubeinfer.engine.zmq_client import ProcessClient
+from kubeinfer.engine.process_client import ProcessClient
 from kubeinfer.errors import EngineDeadError
 from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
@@ -45,6 +45,23 @@ async def test_a_stopped_core_is_seen_as_silent_and_goes_on_afterwards() -> None
         assert llm.silent_for == 0.0
         await client.check_integrity()
         assert len(await collect(llm, 6)) == 6
+    finally:
+        os.kill(client.pid, signal.SIGCONT)
+        llm.shutdown()
+
+
+async def test_more_than_the_socket_holds_waits_for_a_core_that_is_stopped() -> None:
+    client = ProcessClient(options())
+    llm = AsyncLLM(options(), client)
+    try:
+        assert len(await collect(llm, 4)) == 4
+        os.kill(client.pid, signal.SIGSTOP)
+        for _ in range(8):
+            await asyncio.wait_for(client.abort_requests(["x" * 100_000]), 1)
+        task = asyncio.create_task(collect(llm, 5))
+        await asyncio.sleep(0.1)
+        os.kill(client.pid, signal.SIGCONT)
+        assert len(await task) == 5
     finally:
         os.kill(client.pid, signal.SIGCONT)
         llm.shutdown()

@@ -18,7 +18,6 @@ from kubeinfer.api.responses import error_response
 from kubeinfer.api.state import ServerState
 from kubeinfer.errors import KubeinferError
 
-
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 

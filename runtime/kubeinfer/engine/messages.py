@@ -1,4 +1,4 @@
-"""What crosses between a client and the engine core: msgspec structs, the same in one process and over ZMQ."""
+"""What crosses between a client and the engine core: msgspec structs, the same in one process and over a socket."""
 
 from __future__ import annotations
 

@@ -31,13 +31,13 @@ def split_prompt(prompt: str | list[Any]) -> list[Prompt]:
         return [prompt]
     if not prompt:
         raise RequestError("prompt is an empty list; give a text, token ids, or a list of either.", "prompt")
-    if all(_is_id(item) for item in prompt):
+    if _are_ids(prompt):
         return [prompt]
     for index, item in enumerate(prompt):
         if isinstance(item, list):
             if not item:
                 raise RequestError(f"prompt[{index}] is an empty list.", f"prompt[{index}]")
-            if not all(_is_id(part) for part in item):
+            if not _are_ids(item):
                 raise RequestError(f"prompt[{index}] must hold token ids only.", f"prompt[{index}]")
         elif not isinstance(item, str):
             raise RequestError(
@@ -47,8 +47,9 @@ def split_prompt(prompt: str | list[Any]) -> list[Prompt]:
     return prompt
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_ids(items: list[Any]) -> bool:
+    """Whether all are integers, as JSON has them (true and false are none), with no Python code run for each."""
+    return set(map(type, items)) == {int}
 
 
 def _params(body: CompletionRequest, defaults: dict[str, Any]) -> SamplingParams:

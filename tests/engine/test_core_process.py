@@ -76,6 +76,20 @@ async def test_a_killed_core_is_named_with_its_signal() -> None:
             await collect(llm, 4)
     finally:
         llm.shutdown()
+    with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
+        await client.next_outputs()
+
+
+async def test_a_client_that_was_shut_down_says_so() -> None:
+    client = ProcessClient(options())
+    llm = AsyncLLM(options(), client)
+    assert len(await collect(llm, 4)) == 4
+    llm.shutdown()
+    llm.shutdown()
+    with pytest.raises(EngineDeadError, match="the engine was shut down"):
+        await client.next_outputs()
+    with pytest.raises(EngineDeadError, match="the engine was shut down"):
+        await client.abort_requests(["r"])
 
 
 def test_a_core_that_cannot_start_says_why(tmp_path: Path) -> None:

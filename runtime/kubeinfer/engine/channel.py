@@ -112,4 +112,5 @@ class Channel:
         return found[0][1] if found else 0
 
     def close(self) -> None:
+        self.closed = True
         self._socket.close()

@@ -7,12 +7,12 @@ import gc
 import logging
 import time
 from array import array
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from kubeinfer.engine.client import AsyncEngineClient, make_async_client
-from kubeinfer.engine.messages import EngineInfo, EngineStats
+from kubeinfer.engine.messages import EngineInfo, EngineOutput, EngineStats
 from kubeinfer.errors import EngineDeadError, KubeinferError, QueueFullError, RequestError
 from kubeinfer.options import EngineOptions
 from kubeinfer.outputs import RequestOutput
@@ -23,7 +23,8 @@ from kubeinfer.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 256  # engine outputs handled before other tasks of the event loop get a turn
+# Engine outputs handled before the event loop gets a turn, in which their bytes leave and new requests come in.
+_CHUNK = 32
 
 
 @dataclass(slots=True)
@@ -315,9 +316,8 @@ class AsyncLLM:
                     if self.on_stats is not None:
                         self.on_stats(message.stats)
                 now = time.time()
-                outputs = message.outputs
-                for start in range(0, len(outputs), _CHUNK):
-                    touched, aborts = self._output.process(outputs[start : start + _CHUNK], now)
+                for outputs in _portions(message.outputs):
+                    touched, aborts = self._output.process(outputs, now)
                     for state in touched:
                         stream = self._streams.get(state.request_id)
                         if stream is not None:
@@ -374,3 +374,13 @@ class AsyncLLM:
             self._die(self._death_reason or "the engine was shut down")
         self._client.shutdown()
         self._threads.shutdown(wait=False)
+
+
+def _portions(outputs: list[EngineOutput]) -> Iterator[list[EngineOutput]]:
+    """A step's outputs in the order they are handled: first tokens ahead of all others, which their readers wait for less."""
+    firsts = [output for output in outputs if output.scheduled_time]
+    if firsts and len(firsts) < len(outputs):
+        yield firsts
+        outputs = [output for output in outputs if not output.scheduled_time]
+    for start in range(0, len(outputs), _CHUNK):
+        yield outputs[start : start + _CHUNK]

@@ -11,7 +11,7 @@ import pytest
 
 from fixtures.tiny_models import tiny_model
 from kubeinfer.async_llm import AsyncLLM
-from kubeinfer.engine.zmq_client import ProcessClient
+from kubeinfer.engine.process_client import ProcessClient
 from kubeinfer.errors import EngineDeadError
 from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
@@ -50,6 +50,23 @@ async def test_a_stopped_core_is_seen_as_silent_and_goes_on_afterwards() -> None
         llm.shutdown()
 
 
+async def test_more_than_the_socket_holds_waits_for_a_core_that_is_stopped() -> None:
+    client = ProcessClient(options())
+    llm = AsyncLLM(options(), client)
+    try:
+        assert len(await collect(llm, 4)) == 4
+        os.kill(client.pid, signal.SIGSTOP)
+        for _ in range(8):
+            await asyncio.wait_for(client.abort_requests(["x" * 100_000]), 1)
+        task = asyncio.create_task(collect(llm, 5))
+        await asyncio.sleep(0.1)
+        os.kill(client.pid, signal.SIGCONT)
+        assert len(await task) == 5
+    finally:
+        os.kill(client.pid, signal.SIGCONT)
+        llm.shutdown()
+
+
 async def test_a_killed_core_is_named_with_its_signal() -> None:
     client = ProcessClient(options())
     llm = AsyncLLM(options(), client)
@@ -59,6 +76,20 @@ async def test_a_killed_core_is_named_with_its_signal() -> None:
             await collect(llm, 4)
     finally:
         llm.shutdown()
+    with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
+        await client.next_outputs()
+
+
+async def test_a_client_that_was_shut_down_says_so() -> None:
+    client = ProcessClient(options())
+    llm = AsyncLLM(options(), client)
+    assert len(await collect(llm, 4)) == 4
+    llm.shutdown()
+    llm.shutdown()
+    with pytest.raises(EngineDeadError, match="the engine was shut down"):
+        await client.next_outputs()
+    with pytest.raises(EngineDeadError, match="the engine was shut down"):
+        await client.abort_requests(["r"])
 
 
 def test_a_core_that_cannot_start_says_why(tmp_path: Path) -> None:

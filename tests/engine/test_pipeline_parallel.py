@@ -26,7 +26,7 @@ from kubeinfer.engine.core import EngineCore
 from kubeinfer.engine.defaults import resolve_defaults
 from kubeinfer.engine.in_process import InProcessClient
 from kubeinfer.engine.messages import EngineOutput, EngineRequest
-from kubeinfer.engine.zmq_client import ProcessClient
+from kubeinfer.engine.process_client import ProcessClient
 from kubeinfer.errors import EngineDeadError, ModelLoadError, OptionError
 from kubeinfer.layers.parallel import SingleGroup, Stage
 from kubeinfer.layers.parameters import ParameterStore

@@ -61,7 +61,9 @@ class Replay:
         outputs = []
         for name, (request, tokens, at) in list(self.running.items()):
             token = tokens[at % len(tokens)]
-            out = EngineOutput(name, [token], scheduled_time=request.arrival_time + 0.001)
+            out = EngineOutput(name, [token])
+            if at == 0:
+                out.scheduled_time = request.arrival_time + 0.001
             if request.params.logprobs is not None:
                 out.logprobs = [TokenLogprobs([token], [-0.5], 1)]
             if at == 0 and request.params.prompt_logprobs is not None:

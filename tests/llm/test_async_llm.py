@@ -75,6 +75,32 @@ async def test_many_streams_at_once(make: Make) -> None:
         assert sum(part.finished for part in parts) == 1
 
 
+async def test_first_tokens_come_ahead_of_the_running_streams(make: Make) -> None:
+    llm, client = make()
+    arrived: list[str] = []
+
+    came = arrived.append
+
+    async def read(name: str) -> None:
+        async for _ in llm.generate([5, 6, 7], LONG, name):
+            came(name)
+
+    client.allow(2)
+    names = [f"running {index}" for index in range(70)]
+    tasks = [asyncio.create_task(read(name)) for name in names]
+    await settle()
+    assert sorted(arrived) == sorted([*names, *names])
+    arrived.clear()
+    tasks.append(asyncio.create_task(read("new")))
+    await settle()
+    client.allow(1)
+    await settle()
+    assert arrived == ["new", *names]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_a_slow_reader_gets_merged_deltas(make: Make) -> None:
     llm, client = make()
     async with aclosing(llm.generate("Hello", SamplingParams(max_tokens=30), "slow")) as slow:

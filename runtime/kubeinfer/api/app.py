@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
+
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kubeinfer import __version__
 from kubeinfer.api import chat, completions, health, legacy, models, page, tokenization, unsupported
@@ -15,6 +17,31 @@ from kubeinfer.api.middleware import Gate
 from kubeinfer.api.responses import error_response
 from kubeinfer.api.state import ServerState
 from kubeinfer.errors import KubeinferError
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Shortcut:
+    """Calls the endpoints that generate straight away (ASGI), all others through the framework ``app``.
+
+    They read their bodies themselves and leave their errors to :class:`Gate`, so the framework's middlewares, routing and
+    dependencies would only make the first token wait.
+    """
+
+    def __init__(self, app: FastAPI, endpoints: Mapping[str, Endpoint]):
+        self.app = app
+        self.endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self.endpoints.get(scope["path"].removeprefix(scope["root_path"]))
+        if endpoint is None:
+            await self.app(scope, receive, send)
+            return
+        scope["app"] = self.app
+        response = await endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 async def _http_error(request: Request, exc: Exception) -> Response:
@@ -57,13 +84,16 @@ def build_app(state: ServerState, *, legacy_only: bool = False) -> ASGIApp:
     )
     app.state.server = state
     routers = [health.router, legacy.router]
+    shortcuts: dict[str, Endpoint] = {"/generate": legacy.generate}
     if not legacy_only:
         routers += [completions.router, chat.router, models.router, tokenization.router, unsupported.router]
+        shortcuts["/v1/completions"] = completions.create_completion
+        shortcuts["/v1/chat/completions"] = chat.create_chat_completion
         if not options.disable_chat_page:
             routers.append(page.router)
     for router in routers:
         app.include_router(router)
-    gate = Gate(app, state)
+    gate = Gate(Shortcut(app, shortcuts), state)
     return CORSMiddleware(
         gate,
         allow_origins=options.allowed_origins,

@@ -10,11 +10,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from kubeinfer.api.body import decode_body, read_body
-from kubeinfer.api.generation import Collection, collect, gone_response, request_id_of, stream, submit
+from kubeinfer.api.generation import Collection, collect, gone_response, request_id_of, submit
 from kubeinfer.api.logprobs import chat_logprobs, prompt_logprobs
 from kubeinfer.api.prompting import final_text, render_chat, response_role
 from kubeinfer.api.protocol import ChatCompletionRequest, refuse_unsupported, sampling_params
-from kubeinfer.api.responses import BytesResponse
+from kubeinfer.api.responses import BytesResponse, EncodedStream
 from kubeinfer.api.schema import json_body
 from kubeinfer.api.state import state_of
 from kubeinfer.api.streams import ChatStream
@@ -82,7 +82,7 @@ async def create_chat_completion(request: Request) -> Response:
             return_token_ids=bool(body.return_token_ids),
             tokens_as_ids=bool(body.return_tokens_as_token_ids),
         )
-        return await stream(request, outputs, encoder)
+        return EncodedStream(outputs, encoder)
     collection = await collect(request, outputs, params.n, 1)
     if collection is None:
         return gone_response()

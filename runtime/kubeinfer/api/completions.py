@@ -10,10 +10,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from kubeinfer.api.body import decode_body, read_body
-from kubeinfer.api.generation import Collection, collect, gone_response, request_id_of, stream, submit
+from kubeinfer.api.generation import Collection, collect, gone_response, request_id_of, submit
 from kubeinfer.api.logprobs import CompletionLogprobs, prompt_logprobs
 from kubeinfer.api.protocol import CompletionRequest, refuse_unsupported, sampling_params
-from kubeinfer.api.responses import BytesResponse
+from kubeinfer.api.responses import BytesResponse, EncodedStream
 from kubeinfer.api.schema import json_body
 from kubeinfer.api.state import ServerState, state_of
 from kubeinfer.api.streams import CompletionStream
@@ -31,13 +31,13 @@ def split_prompt(prompt: str | list[Any]) -> list[Prompt]:
         return [prompt]
     if not prompt:
         raise RequestError("prompt is an empty list; give a text, token ids, or a list of either.", "prompt")
-    if all(_is_id(item) for item in prompt):
+    if _are_ids(prompt):
         return [prompt]
     for index, item in enumerate(prompt):
         if isinstance(item, list):
             if not item:
                 raise RequestError(f"prompt[{index}] is an empty list.", f"prompt[{index}]")
-            if not all(_is_id(part) for part in item):
+            if not _are_ids(item):
                 raise RequestError(f"prompt[{index}] must hold token ids only.", f"prompt[{index}]")
         elif not isinstance(item, str):
             raise RequestError(
@@ -47,8 +47,9 @@ def split_prompt(prompt: str | list[Any]) -> list[Prompt]:
     return prompt
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_ids(items: list[Any]) -> bool:
+    """Whether all are integers, as JSON has them (true and false are none), with no Python code run for each."""
+    return set(map(type, items)) == {int}
 
 
 def _params(body: CompletionRequest, defaults: dict[str, Any]) -> SamplingParams:
@@ -103,7 +104,7 @@ async def create_completion(request: Request) -> Response:
             return_token_ids=bool(body.return_token_ids),
             tokens_as_ids=bool(body.return_tokens_as_token_ids),
         )
-        return await stream(request, outputs, encoder)
+        return EncodedStream(outputs, encoder)
     collection = await collect(request, outputs, params.n, len(prompts))
     if collection is None:
         return gone_response()

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kubeinfer.api.responses import ClientGone, EncodedStream, Items, StreamEncoder, until_disconnect
+from kubeinfer.api.responses import ClientGone, Items, next_item, until_disconnect
 from kubeinfer.api.state import ServerState
 from kubeinfer.outputs import CompletionOutput, RequestOutput
 from kubeinfer.sampling_params import SamplingParams
@@ -89,21 +89,13 @@ class MergedOutputs:
         return self._ready.popleft()
 
     def _ask(self, index: int) -> None:
-        self._pending[asyncio.ensure_future(next_output(self._streams[index]))] = index
+        self._pending[asyncio.ensure_future(next_item(self._streams[index]))] = index
 
     def close(self) -> None:
         for task in self._pending:
             task.cancel()
         for stream in self._streams:
             stream.close()
-
-
-async def next_output(outputs: Outputs) -> RequestOutput | None:
-    """The next output, or None at the end."""
-    try:
-        return await anext(outputs)
-    except StopAsyncIteration:
-        return None
 
 
 async def submit(
@@ -190,16 +182,3 @@ async def collect(request: Request, outputs: Outputs, n: int, count: int) -> Col
         return await until_disconnect(request.receive, Collection(n, count).run(outputs))
     except ClientGone:
         return None
-
-
-async def stream(request: Request, outputs: Outputs, encoder: StreamEncoder[RequestOutput]) -> Response:
-    """A streamed answer. Its first output is awaited here, so that a refusal still has its own status code."""
-    try:
-        first = await until_disconnect(request.receive, next_output(outputs))
-    except ClientGone:
-        outputs.close()
-        return gone_response()
-    except BaseException:
-        outputs.close()
-        raise
-    return EncodedStream(first, outputs, encoder)

@@ -10,9 +10,9 @@ from starlette.responses import Response
 
 from kubeinfer.api.body import decode_body, read_body
 from kubeinfer.api.errors import as_api_error
-from kubeinfer.api.generation import collect, gone_response, request_id_of, stream, submit
+from kubeinfer.api.generation import collect, gone_response, request_id_of, submit
 from kubeinfer.api.protocol import Sampled, refuse_unsupported, sampling_params
-from kubeinfer.api.responses import BytesResponse
+from kubeinfer.api.responses import BytesResponse, EncodedStream
 from kubeinfer.api.schema import json_body
 from kubeinfer.api.state import state_of
 from kubeinfer.outputs import RequestOutput
@@ -61,7 +61,7 @@ async def generate(request: Request) -> Response:
         state, [body.prompt], params, base_id, priority=body.priority, cache_salt=body.cache_salt
     )
     if body.stream:
-        return await stream(request, outputs, GenerateStream(body.prompt, params.n))
+        return EncodedStream(outputs, GenerateStream(body.prompt, params.n))
     collection = await collect(request, outputs, params.n, 1)
     if collection is None:
         return gone_response()

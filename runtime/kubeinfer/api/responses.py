@@ -71,6 +71,14 @@ class Items(Protocol[T_co]):
     def close(self) -> None: ...
 
 
+async def next_item(items: Items[T]) -> T | None:
+    """The next item, or None at the end."""
+    try:
+        return await anext(items)
+    except StopAsyncIteration:
+        return None
+
+
 class StreamEncoder(Protocol[T_contra]):
     """Turns a stream's items into the bytes of its body."""
 
@@ -87,20 +95,19 @@ class StreamEncoder(Protocol[T_contra]):
 
 
 class EncodedStream(Response):
-    """Sends ``first`` and then all of ``items`` through ``encoder``.
+    """Sends all of ``items`` through ``encoder``.
 
-    A client that leaves ends the stream: ``items`` is closed at once, which aborts its request. A client that is slow
+    The answer starts with its first item, and goes out in one piece with it: an error before it is raised, and so still
+    gets a status code of its own. A client that leaves ends the stream: ``items`` is closed at once, which aborts its request. A client that is slow
     holds up only its own stream: uvicorn's send waits for it, and meanwhile the items merge where they come from.
     """
 
     def __init__(
         self,
-        first: Any,
         items: Items[Any],
         encoder: StreamEncoder[Any],
         headers: Mapping[str, str] | None = None,
     ):
-        self.first = first
         self.items = items
         self.encoder = encoder
         self.status_code = 200
@@ -119,10 +126,11 @@ class EncodedStream(Response):
     async def _pump(self, send: Send, raw_send: Send) -> None:
         encoder = self.encoder
         encode = encoder.encode
+        first = await next_item(self.items)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         send = raw_send  # the layers between have no part in a body's chunks
         try:
-            body = encode(self.first)
+            body = encode(first) if first is not None else b""
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
             async for item in self.items:

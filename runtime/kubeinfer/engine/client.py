@@ -1,4 +1,4 @@
-"""The way to an engine core: in this process, or in one of its own over ZMQ."""
+"""The way to an engine core: in this process, or in one of its own over a socket."""
 
 from __future__ import annotations
 
@@ -72,6 +72,6 @@ def make_client(options: EngineOptions) -> EngineClient:
 
 def make_async_client(options: EngineOptions, log_format: str = "text") -> AsyncEngineClient:
     """An engine core in a process of its own. Blocks until it is ready; raises with the child's reason if it dies."""
-    from kubeinfer.engine.zmq_client import ProcessClient
+    from kubeinfer.engine.process_client import ProcessClient
 
     return ProcessClient(options, log_format)

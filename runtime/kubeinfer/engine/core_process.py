@@ -1,6 +1,6 @@
 """The engine core as a process of its own: ``python -m kubeinfer.engine.core_process``, options on standard input.
 
-It speaks msgpack over two ZMQ sockets and ends when its parent does. If it dies, it first says why.
+It speaks msgpack over a socket (:mod:`kubeinfer.engine.channel`) and ends when its parent does. If it dies, it first says why.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
 
 import msgspec
-import zmq
 
+from kubeinfer.engine.channel import Channel
 from kubeinfer.engine.core import EngineCore, make_core
 from kubeinfer.engine.messages import (
     AbortRequests,
@@ -35,17 +36,16 @@ from kubeinfer.options import EngineOptions
 
 logger = logging.getLogger(__name__)
 _SIGN_OF_LIFE_S = 2.0  # a long prompt's steps bring no token, yet the client must see that they go on
-_POLL_UNIT_S = 1e-3  # of ZMQ's time limits
-_IDLE_POLL_MS = 1000  # how soon a core without work sees that its parent is gone
+_POLL_UNIT_S = 1e-3  # of poll's time limits
+_IDLE_POLL_S = 1.0  # how soon a core without work sees that its parent is gone
 
 
 class CoreProcess:
-    """The loop between the sockets and the core."""
+    """The loop between the client's messages and the core."""
 
-    def __init__(self, core: EngineCore, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]):
+    def __init__(self, core: EngineCore, channel: Channel):
         self.core = core
-        self.inbox = inbox
-        self.outbox = outbox
+        self.channel = channel
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
         self._parent = os.getppid()
@@ -66,12 +66,12 @@ class CoreProcess:
                 if steps % 256 == 0:
                     self._check_parent()
             else:
-                if self.inbox.poll(_IDLE_POLL_MS):
-                    self._take_messages()
+                self.channel.wait(_IDLE_POLL_S)
+                self._take_messages()
                 self._check_parent()
 
     def send(self, message: CoreMessage) -> None:
-        self.outbox.send(self._encoder.encode(message), copy=True)
+        self.channel.send(self._encoder.encode(message))
 
     def _check_parent(self) -> None:
         if os.getppid() != self._parent:
@@ -83,18 +83,18 @@ class CoreProcess:
         self._take_messages()
         while (left := deadline - time.perf_counter()) > 0:
             if left > _POLL_UNIT_S:
-                self.inbox.poll(int(left / _POLL_UNIT_S))
+                self.channel.wait(left)
             else:
                 time.sleep(left)
             self._take_messages()
 
     def _take_messages(self) -> None:
-        while True:
-            try:
-                frame = self.inbox.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        if self.channel.has_unsent:
+            self.channel.flush()
+        for frame in self.channel.receive():
             self._handle(self._decoder.decode(frame))
+        if self.channel.closed:
+            self._stopped = True  # the parent is gone
 
     def _handle(self, message: ClientMessage) -> None:
         match message:
@@ -123,13 +123,10 @@ def reason_of(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {text}"
 
 
-def _last_words(address: str, reason: str) -> None:
-    """Tell the client why this process ends, from a thread of its own (sockets are not shared between threads)."""
-    context = zmq.Context()
-    socket: zmq.Socket[bytes] = context.socket(zmq.PUSH)
-    socket.connect(address)
-    socket.send(msgspec.msgpack.encode(CoreDead(reason)))
-    context.destroy(linger=1000)
+def _last_words(channel: Channel, reason: str) -> None:
+    """Tell the client why this process ends, from a thread of its own: the loop may be waiting for what never comes."""
+    channel.send(msgspec.msgpack.encode(CoreDead(reason)))
+    channel.linger(1.0)
 
 
 def main() -> int:
@@ -142,32 +139,25 @@ def main() -> int:
     from kubeinfer.logs import configure_logging
 
     configure_logging(config["log_format"])
-    context = zmq.Context()
-    inbox: zmq.Socket[bytes] = context.socket(zmq.PULL)
-    outbox: zmq.Socket[bytes] = context.socket(zmq.PUSH)
-    for socket in (inbox, outbox):
-        socket.set_hwm(0)
-        socket.linger = 2000
-    inbox.connect(config["requests_address"])
-    outbox.connect(config["outputs_address"])
+    channel = Channel(socket.socket(fileno=config["channel"]))
     from kubeinfer.distributed.multi_process import on_rank_death
 
-    on_rank_death(lambda reason: _last_words(config["outputs_address"], reason))
+    on_rank_death(lambda reason: _last_words(channel, reason))
     core: EngineCore | None = None
     try:
         core = make_core(EngineOptions(**config["options"]), serving=True)
         gc.collect()
         gc.freeze()  # what start-up made lives as long as the process: later collections need not look at it
-        CoreProcess(core, inbox, outbox).run()
+        CoreProcess(core, channel).run()
     except BaseException as exc:
         if not isinstance(exc, KubeinferError):
             traceback.print_exc()
-        outbox.send(msgspec.msgpack.encode(CoreDead(reason_of(exc))))
+        channel.send(msgspec.msgpack.encode(CoreDead(reason_of(exc))))
         return 1
     finally:
         if core is not None:
             core.shutdown()
-        context.destroy(linger=2000)
+        channel.linger(2.0)
     return 0
 
 

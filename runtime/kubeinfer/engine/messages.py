@@ -1,4 +1,4 @@
-"""What crosses between a client and the engine core: msgspec structs, the same in one process and over ZMQ."""
+"""What crosses between a client and the engine core: msgspec structs, the same in one process and over a socket."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class EngineOutput(msgspec.Struct, array_like=True, omit_defaults=True):
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first token
     num_cached_tokens: int = 0
     error: str | None = None  # with finish_reason "error"
-    scheduled_time: float = 0.0  # time.time() when the request first got a token budget
+    scheduled_time: float = 0.0  # with the first token: time.time() when the request first got a token budget
 
 
 class EngineStats(msgspec.Struct, array_like=True):

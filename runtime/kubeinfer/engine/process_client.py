@@ -1,20 +1,20 @@
-"""An engine core in a process of its own, reached over ZMQ."""
+"""An engine core in a process of its own, reached over a socket."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
+from collections import deque
 
 import msgspec
-import zmq
-import zmq.asyncio
 
+from kubeinfer.engine.channel import Channel
 from kubeinfer.engine.client import AsyncEngineClient
 from kubeinfer.engine.environment import thread_environment
 from kubeinfer.engine.messages import (
@@ -35,7 +35,8 @@ from kubeinfer.engine.messages import (
 from kubeinfer.errors import EngineDeadError
 from kubeinfer.options import EngineOptions
 
-_POLL_MS = 500  # how soon a silent death (kill -9) is seen
+_POLL_S = 0.5  # how soon a silent death is seen where the socket outlives the process
+_EXIT_POLL_S = 0.01  # the same where the socket is closed: it is about to exit
 
 
 class ProcessClient(AsyncEngineClient):
@@ -45,41 +46,31 @@ class ProcessClient(AsyncEngineClient):
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(CoreMessage)
         self._death_reason: str | None = None
-        self._folder = tempfile.mkdtemp(prefix="kubeinfer-")
-        self._context = zmq.Context()
-        self._requests = self._bind("requests")
-        self._outputs = self._bind("outputs")
-        self._process = self._start(options, log_format)
+        self._frames: deque[bytes] = deque()  # received and not yet asked for
+        self._loop: asyncio.AbstractEventLoop | None = None  # that watches the channel
+        self._waiter: asyncio.Future[bool] | None = None
+        ours, core = socket.socketpair()
+        self._channel = Channel(ours)
+        with core:
+            self._process = self._start(options, log_format, core.fileno())
         try:
             self.info = self._wait_ready()
         except BaseException:
             self.shutdown()
             raise
-        self._async_requests = zmq.asyncio.Socket.shadow(self._requests)
-        self._async_outputs = zmq.asyncio.Socket.shadow(self._outputs)
 
-    def _bind(self, name: str) -> zmq.Socket[bytes]:
-        socket: zmq.Socket[bytes] = self._context.socket(zmq.PUSH if name == "requests" else zmq.PULL)
-        socket.set_hwm(0)
-        socket.linger = 0
-        socket.bind(self._address(name))
-        return socket
-
-    def _address(self, name: str) -> str:
-        return f"ipc://{self._folder}/{name}"
-
-    def _start(self, options: EngineOptions, log_format: str) -> subprocess.Popen[bytes]:
+    def _start(self, options: EngineOptions, log_format: str, channel: int) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [sys.executable, "-m", "kubeinfer.engine.core_process"],
             stdin=subprocess.PIPE,
             env=_child_environment(),
+            pass_fds=(channel,),
         )
         if process.stdin is None:
             raise RuntimeError("the engine core has no standard input")
         config = {
             "options": options.model_dump(exclude_unset=True),
-            "requests_address": self._address("requests"),
-            "outputs_address": self._address("outputs"),
+            "channel": channel,
             "log_format": log_format,
         }
         try:
@@ -91,16 +82,18 @@ class ProcessClient(AsyncEngineClient):
 
     def _wait_ready(self) -> EngineInfo:
         while True:
-            if self._outputs.poll(100):
-                message = self._decoder.decode(self._outputs.recv())
+            self._channel.wait(0.1)
+            exited = self._process.poll() is not None
+            for frame in self._channel.receive():
+                message = self._decoder.decode(frame)
                 if isinstance(message, CoreReady):
                     return message.info
                 if isinstance(message, CoreDead):
                     self._process.wait()
                     self._death_reason = message.reason
                     raise EngineDeadError(message.reason)
-            elif self._process.poll() is not None:
-                self._death_reason = exit_reason(self._process.returncode)
+            if exited or self._channel.closed:
+                self._death_reason = exit_reason(self._process.wait())
                 raise EngineDeadError(self._death_reason)
 
     @property
@@ -127,28 +120,71 @@ class ProcessClient(AsyncEngineClient):
     async def _send(self, message: ClientMessage) -> None:
         if self._death_reason is not None:
             raise EngineDeadError(self._death_reason)
-        await self._async_requests.send(self._encoder.encode(message))
+        self._channel.send(self._encoder.encode(message))
+        if self._channel.has_unsent:
+            asyncio.get_running_loop().add_writer(self._channel.fileno(), self._send_rest)
+
+    def _send_rest(self) -> None:
+        self._channel.flush()
+        if not self._channel.has_unsent:
+            asyncio.get_running_loop().remove_writer(self._channel.fileno())
 
     async def next_outputs(self) -> EngineOutputs:
+        self._watch(asyncio.get_running_loop())
         while self._death_reason is None:
-            if not await self._async_outputs.poll(_POLL_MS):
-                if self._process.poll() is not None and not await self._async_outputs.poll(0):
-                    self._death_reason = exit_reason(self._process.returncode)
+            if not self._frames:
+                if not await self._have_frames():
+                    self._check_process()
                 continue
-            message = self._decoder.decode(await self._async_outputs.recv())
+            message = self._decoder.decode(self._frames.popleft())
             if isinstance(message, CoreStep):
                 return message.outputs
             if isinstance(message, CoreDead):
                 self._death_reason = message.reason
         raise EngineDeadError(self._death_reason)
 
+    def _check_process(self) -> None:
+        if self._process.poll() is not None:
+            self._receive()  # its last words may have come since
+            if not self._frames:
+                self._death_reason = exit_reason(self._process.returncode)
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is not loop and not self._channel.closed:
+            self._loop = loop
+            loop.add_reader(self._channel.fileno(), self._receive)
+
+    def _unwatch(self) -> None:
+        loop, self._loop = self._loop, None
+        if loop is not None and not loop.is_closed():
+            loop.remove_reader(self._channel.fileno())
+            loop.remove_writer(self._channel.fileno())
+
+    def _receive(self) -> None:
+        self._frames += self._channel.receive()
+        if self._channel.closed:
+            self._unwatch()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(bool(self._frames))
+
+    async def _have_frames(self) -> bool:
+        """Return True when something has come, False when it is time to look whether the process lives."""
+        loop = asyncio.get_running_loop()
+        waiter = self._waiter = loop.create_future()
+        timer = loop.call_later(
+            _EXIT_POLL_S if self._channel.closed else _POLL_S,
+            lambda: None if waiter.done() else waiter.set_result(False),
+        )
+        try:
+            return await waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
     def shutdown(self) -> None:
         """Stop the core: politely, then for good. Safe to call twice."""
         if self._process.poll() is None:
-            try:
-                self._requests.send(self._encoder.encode(Shutdown()), zmq.NOBLOCK)
-            except zmq.ZMQError:
-                pass
+            self._channel.send(self._encoder.encode(Shutdown()))
             deadline = time.monotonic() + 3
             while self._process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -157,8 +193,8 @@ class ProcessClient(AsyncEngineClient):
                 self._process.wait()
         if self._death_reason is None:
             self._death_reason = "the engine was shut down"
-        self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._unwatch()
+        self._channel.close()
 
 
 def _child_environment() -> dict[str, str]:

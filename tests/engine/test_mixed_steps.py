@@ -122,10 +122,10 @@ def test_a_padded_steps_inputs_are_the_eager_steps(case: tuple[StepPlan, RowTabl
 
 
 def test_what_decodes_share_is_of_the_step_at_hand() -> None:
-    tables = RowTables(64, 40, CPU)
-    graphs = MixedGraphs(None, tables, [], None, 8, torch.float32, BLOCK, 64, 512, shares_prefixes=True)
-    shape = graphs._shapes[56, 128]
-    assert "members" not in graphs._shapes[16, 128].fields
+    tables = RowTables(128, 40, CPU)
+    graphs = MixedGraphs(None, tables, [], None, 8, torch.float32, BLOCK, 128, 512, shares_prefixes=True)
+    shape = graphs._shapes[120, 192]
+    assert "members" not in graphs._shapes[56, 192].fields
     tables.tokens[40] = np.arange(30, dtype=np.int32)
     plan = StepPlan(1, list(range(41)), [300] * 40 + [0], [1] * 40 + [30], 40, list(range(41)), [], [], [])
     rows, starts = np.arange(41, dtype=np.int32), np.array(plan.starts, np.int32)
@@ -136,7 +136,7 @@ def test_what_decodes_share_is_of_the_step_at_hand() -> None:
         fields = shape.packing.host_views(buffer)
         of_all = shared is not None
         assert fields["members"].tolist() == (group.tolist() if of_all else []) + [-1] * (
-            29 if of_all else 56
+            93 if of_all else 120
         )
         assert np.flatnonzero(fields["shared_tokens"]).tolist() == (group.tolist() if of_all else [])
         assert set(fields["shared_tokens"]) == ({0, 256} if of_all else {0})

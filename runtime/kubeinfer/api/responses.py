@@ -98,8 +98,9 @@ class EncodedStream(Response):
     """Sends all of ``items`` through ``encoder``.
 
     The answer starts with its first item, and goes out in one piece with it: an error before it is raised, and so still
-    gets a status code of its own. A client that leaves ends the stream: ``items`` is closed at once, which aborts its request. A client that is slow
-    holds up only its own stream: uvicorn's send waits for it, and meanwhile the items merge where they come from.
+    gets a status code of its own. A client that leaves ends the stream: ``items`` is closed at once, which aborts its
+    request. A client that is slow holds up only its own stream: uvicorn's send waits for it, and meanwhile the items merge
+    where they come from.
     """
 
     def __init__(

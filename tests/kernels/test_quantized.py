@@ -254,7 +254,12 @@ def check_products(
         (2, 42, 1000, 1000, False),
         (2, 24, 3584, 128, False),
         (3, 70, 512, 128, False),
+        (5, 32, 18944, 128, False),
+        (8, 40, 1024, 1024, True),
+        (9, 32, 896, 32, False),
         (16, 48, 896, 64, False),
+        (24, 64, 3584, 128, False),
+        (32, 16, 300, 300, False),
         (33, 130, 1024, 32, True),
         (100, 64, 3584, 128, False),
         (200, 24, 200, 200, False),
@@ -272,20 +277,42 @@ def test_int4_products(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", [(1, 1, 1), (1, 4, 4), (1, 8, 2), (2, 4, 3), (2, 2, 2), (4, 4, 1)])
 @pytest.mark.parametrize(
-    "config", [(8, 128, 1, 1), (8, 256, 2, 2), (4, 512, 4, 1), (1, 128, 1, 2), (2, 256, 2, 3)]
+    ("tokens", "k"), [(1, 256), (1, 3584), (3, 1000), (8, 18944), (13, 3584), (32, 2432)]
 )
-@pytest.mark.parametrize("k", [256, 1000, 3584])
-def test_every_tile_of_the_int4_kernel(device: str, config: tuple[int, int, int, int], k: int) -> None:
+@pytest.mark.parametrize("gated_rows", [False, True])
+def test_every_tile_of_the_int4_kernel(
+    device: str, config: tuple[int, int, int], tokens: int, k: int, gated_rows: bool
+) -> None:
     if not torch.zeros(1, device=device).is_cuda:
         pytest.skip("about the Triton kernel")
-    from kubeinfer.kernels.triton_int4 import int4_vector_triton
-    from kubeinfer.kernels.triton_linear import Config
+    if gated_rows and config[0] == 1:
+        pytest.skip("gates and what they are for are two tiles")
+    from kubeinfer.kernels.triton_int4 import Int4Config, int4_few_triton
 
-    packed, plain = int4_weight(52, k, 64)
-    weight, x = move(packed, device), torch.randn(2, k, dtype=torch.float16)
-    got = int4_vector_triton(x.to(device), weight, None, None, 0.0, False, None, Config(*config))
-    assert error(got, x.double() @ plain.T) < TOLERANCE[torch.float16]
+    packed, plain = int4_weight(96 if gated_rows else 52, k, 128 if k % 128 == 0 else 40 * k)
+    x, norm = torch.randn(tokens, k).bfloat16(), (torch.rand(k) + 0.5).bfloat16()
+    weight, on = move(packed, device), x.to(device)
+    got = int4_few_triton(on, weight, None, norm.to(device), EPS, gated_rows, None, Int4Config(*config))
+    want = normed(x, norm) @ plain.T
+    assert error(got, gated(want) if gated_rows else want) < TOLERANCE[torch.bfloat16]
+    if not gated_rows:
+        total = torch.randn(tokens, 52).half()
+        want = total.double() + x.double() @ plain.T
+        got = int4_few_triton(
+            on.half(), weight, None, None, 0.0, False, total.to(device), Int4Config(*config)
+        )
+        assert error(got, want) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.gpu
+def test_int4_products_of_huge_inputs_in_float16(device: str) -> None:
+    """Norm weights times inputs would overflow float16; normed inputs do not."""
+    packed, plain = int4_weight(64, 512, 128)
+    x, norm = (torch.randn(2, 512) * 8000).half(), (torch.rand(512) * 40).half()
+    got = int4_linear(x.to(device), move(packed, device), None, norm.to(device), EPS)
+    assert error(got, normed(x, norm) @ plain.T) < 2 * TOLERANCE[torch.float16]
 
 
 def test_packing_is_reversible() -> None:
@@ -353,7 +380,9 @@ def test_dequantized_with_minimums(
         (1, 18, 1152, True),
         (1, 16, 4864, False),
         (2, 42, 160, True),
+        (7, 32, 4864, True),
         (16, 48, 896, False),
+        (27, 32, 1152, False),
         (33, 130, 1024, True),
         (100, 64, 3584, False),
         (300, 40, 256, True),

@@ -325,6 +325,24 @@ def test_packing_is_reversible() -> None:
         assert torch.equal(int4.dequantize_int4_reference(weight, torch.float32), codes.float().t())
 
 
+def test_blocks_hold_what_threads_multiply() -> None:
+    """The order that the tensor cores' left operand wants: see `kubeinfer.kernels.int4`."""
+    n, k = 20, 200
+    codes = torch.randint(0, 16, (k, n), dtype=torch.uint8)
+    scales, zeros = torch.rand(2, n), torch.randint(0, 16, (2, n), dtype=torch.uint8)
+    weight = pack_int4(codes, scales, zeros, 128, None)
+    assert weight.words.shape == (2, 2, 1, 16, 16)
+    assert weight.meta.shape == (2, 2, 16)
+    for _ in range(200):
+        row, chunk, t, j, b, c, h = (random.randrange(end) for end in (n, 2, 4, 4, 2, 2, 2))
+        word = int(weight.words[row // 16, chunk, 0, row % 16, 4 * t + j])
+        column = 128 * chunk + 32 * j + 16 * b + 4 * t + 2 * c + h
+        assert word >> (4 * (4 * h + 2 * b + c)) & 15 == (codes[column, row] if column < k else 0)
+        meta = int(weight.meta[row // 16, chunk, row % 8 * 2 + row % 16 // 8])
+        assert meta & 255 == zeros[chunk, row]
+    assert not weight.meta[1, :, 8::2].any(), "rows past the end"
+
+
 # With minimums, and in 8 bits
 
 

@@ -33,7 +33,7 @@ from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 MAX_ROWS = 32
 # Warps that keep the memory of a large GPU busy.
-_ENOUGH_WARPS = 1600
+_ENOUGH_WARPS = 2000
 # Tiles and groups that a warp takes in a program without a loop: of more the compiler asks for too many at once.
 _MOST_UNROLLED = 16
 
@@ -219,48 +219,87 @@ def _fetch(
 
 
 @triton.jit
-def _inputs(at, first, step, inside, K: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr):
-    """A chunk's inputs: for each product of 16 and each of the pointers ``at``, two words of two."""
+def _inputs(
+    at, step, p: tl.constexpr, left, inside, K: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr
+):
+    """Of a chunk's product ``p`` of 16: of each of the pointers ``at`` two words of two inputs; zeros past the ``left`` ones."""
+    if K % 128 != 0:
+        inside = (step * (WARPS * 128) + p * 16 < left).to(tl.int32)
     found = ()
-    beside = ()
     for i in tl.static_range(len(at)):
-        beside = beside + (at[i] + step * (WARPS * 128),)
-    for p in tl.static_range(8):
-        if K % 128 != 0:
-            inside = (first + step * (WARPS * 128) + p * 16 < K).to(tl.int32)
-        for i in tl.static_range(len(at)):
-            found = found + _load2(beside[i] + p * 16, inside, EVEN)
+        found = found + _load2(at[i] + step * (WARPS * 128) + p * 16, inside, EVEN)
     return found
 
 
 @triton.jit
 def _chunk(
-    words, metas, xs, norms, totals, squares,
-    GROUP: tl.constexpr, PLANES: tl.constexpr, MINIMUMS: tl.constexpr, NORM: tl.constexpr, TILES: tl.constexpr,
-    TOKENS: tl.constexpr, BF16: tl.constexpr,
+    words, metas, xs, norms, x_at, norm_at, step, left, inside, totals, squares,
+    K: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, MINIMUMS: tl.constexpr, NORM: tl.constexpr,
+    TILES: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr, AHEAD: tl.constexpr,
+    MORE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Add a chunk's products to ``totals`` (four of each tile and eight tokens) and its inputs' to ``squares``."""
+    """Add a chunk's products to ``totals`` (four of each tile and eight tokens) and its inputs' to ``squares``.
+
+    Where AHEAD, ``xs`` and ``norms`` are the chunk's inputs, and if there is MORE those of the chunk ``step`` are returned; else
+    they are empty, and the chunk is ``step``.
+    """
     PER: tl.constexpr = GROUP // 16  # products a group
     nothing = tl.zeros([words[0].shape[0]], tl.float32)
-    zeros = (nothing, nothing, nothing, nothing)
     one = tl.full([words[0].shape[0]], 0x3F803F80 if BF16 else 0x3C003C00, tl.int32)
     for group in tl.static_range(8 // PER):
-        inputs = ()
         sums = ()
-        for i in tl.static_range(TOKENS):
-            plain = zeros
-            for p in tl.static_range(group * PER, group * PER + PER):
-                b0 = xs[2 * (p * TOKENS + i)]
-                b1 = xs[2 * (p * TOKENS + i) + 1]
+        accs = ()
+        for _ in tl.static_range(TOKENS):
+            sums = sums + (nothing, nothing, nothing, nothing)
+        for _ in tl.static_range(TILES * PLANES * TOKENS):
+            accs = accs + (nothing, nothing, nothing, nothing)
+        shifts = ()
+        for r in tl.static_range(2 * TILES):
+            # The bits of minus 128 (1,024) and the zero.
+            if MINIMUMS:
+                shift = tl.full([words[0].shape[0]], -0x3CFF3D00 if BF16 else -0x1BFF1C00, tl.int32)
+            else:
+                meta = metas[2 * (r // 2 * (8 // PER) + group) + r % 2]
+                shift = (meta & 255) * 0x10001 + (-0x3CFF3D00 if BF16 else -0x1BFF1C00)
+            shifts = shifts + (shift,)
+        for p in tl.static_range(group * PER, group * PER + PER):
+            if AHEAD:
+                x, norm = xs[: 2 * TOKENS], norms[:2]
+                xs, norms = xs[2 * TOKENS :], norms[2:]
+                if MORE:
+                    xs = xs + _inputs(x_at, step, p, left, inside, K, WARPS, EVEN)
+                if MORE and NORM:
+                    norms = norms + _inputs(norm_at, step, p, left, inside, K, WARPS, EVEN)
+            else:
+                x = _inputs(x_at, step, p, left, inside, K, WARPS, EVEN)
+                if NORM:
+                    norm = _inputs(norm_at, step, p, left, inside, K, WARPS, EVEN)
+            inputs = ()
+            for i in tl.static_range(TOKENS):
+                b0, b1 = x[2 * i], x[2 * i + 1]
                 if NORM:
                     square = _squares(b0, b1, squares[8 * i : 8 * i + 8])
                     squares = squares[: 8 * i] + square + squares[8 * i + 8 :]
-                    b0 = _times(b0, norms[2 * p])
-                    b1 = _times(b1, norms[2 * p + 1])
+                    b0, b1 = _times(b0, norm[0]), _times(b1, norm[1])
                 if MINIMUMS:
-                    plain = _mma(one, one, one, one, b0, b1, plain, BF16)
+                    found = _mma(one, one, one, one, b0, b1, sums[4 * i : 4 * i + 4], BF16)
+                    sums = sums[: 4 * i] + found + sums[4 * i + 4 :]
                 inputs = inputs + (b0, b1)
-            sums = sums + plain
+            for r in tl.static_range(TILES * PLANES):
+                # The codes of a high plane are a signed number's.
+                shift0, shift1 = shifts[r // PLANES * 2], shifts[r // PLANES * 2 + 1]
+                if PLANES == 2 and r % 2 == 0:
+                    shift0, shift1 = shift0 + 0x80008, shift1 + 0x80008
+                word0 = words[r * 8 + p // 2]
+                word1 = words[r * 8 + 4 + p // 2]
+                a0 = _codes(word0 >> (p % 2 * 8), shift0, BF16)
+                a1 = _codes(word1 >> (p % 2 * 8), shift1, BF16)
+                a2 = _codes(word0 >> (p % 2 * 8 + 4), shift0, BF16)
+                a3 = _codes(word1 >> (p % 2 * 8 + 4), shift1, BF16)
+                for i in tl.static_range(TOKENS):
+                    acc = accs[(r * TOKENS + i) * 4 : (r * TOKENS + i) * 4 + 4]
+                    acc = _mma(a0, a1, a2, a3, inputs[2 * i], inputs[2 * i + 1], acc, BF16)
+                    accs = accs[: (r * TOKENS + i) * 4] + acc + accs[(r * TOKENS + i) * 4 + 4 :]
         for r in tl.static_range(TILES):
             meta0 = metas[2 * (r * (8 // PER) + group)]
             meta1 = metas[2 * (r * (8 // PER) + group) + 1]
@@ -270,48 +309,15 @@ def _chunk(
             else:
                 scale0 = (meta0 & -256).to(tl.float32, bitcast=True)
                 scale1 = (meta1 & -256).to(tl.float32, bitcast=True)
-            accs = ()
-            for _ in tl.static_range(TOKENS):
-                accs = accs + zeros
-            for plane in tl.static_range(PLANES):
-                # The bits of minus 128 (1,024) and the zero; a high plane's codes are of signed numbers.
-                if not MINIMUMS:
-                    shift0 = (meta0 & 255) * 0x10001 + (-0x3CFF3D00 if BF16 else -0x1BFF1C00)
-                    shift1 = (meta1 & 255) * 0x10001 + (-0x3CFF3D00 if BF16 else -0x1BFF1C00)
-                else:
-                    shift0 = tl.full(
-                        [words[0].shape[0]],
-                        (-0x3CFF3D00 if BF16 else -0x1BFF1C00) + (0x80008 if plane + 1 < PLANES else 0),
-                        tl.int32,
-                    )
-                    shift1 = shift0
-                if plane == 1:
-                    sixteen = ()
-                    for i in tl.static_range(4 * TOKENS):
-                        sixteen = sixteen + (accs[i] * 16.0,)
-                    accs = sixteen
-                for p in tl.static_range(group * PER, group * PER + PER):
-                    word0 = words[(r * PLANES + plane) * 8 + p // 2]
-                    word1 = words[(r * PLANES + plane) * 8 + 4 + p // 2]
-                    a0 = _codes(word0 >> (p % 2 * 8), shift0, BF16)
-                    a1 = _codes(word1 >> (p % 2 * 8), shift1, BF16)
-                    a2 = _codes(word0 >> (p % 2 * 8 + 4), shift0, BF16)
-                    a3 = _codes(word1 >> (p % 2 * 8 + 4), shift1, BF16)
-                    for i in tl.static_range(TOKENS):
-                        b0 = inputs[2 * (i * PER + p % PER)]
-                        b1 = inputs[2 * (i * PER + p % PER) + 1]
-                        acc = _mma(a0, a1, a2, a3, b0, b1, accs[4 * i : 4 * i + 4], BF16)
-                        accs = accs[: 4 * i] + acc + accs[4 * i + 4 :]
-            for i in tl.static_range(TOKENS):
-                for e in tl.static_range(4):
-                    total = totals[(r * TOKENS + i) * 4 + e]
-                    total += accs[4 * i + e] * (scale0 if e < 2 else scale1)
-                    if MINIMUMS:
-                        total += sums[4 * i + e] * (minimum0 if e < 2 else minimum1)
-                    totals = (
-                        totals[: (r * TOKENS + i) * 4 + e] + (total,) + totals[(r * TOKENS + i) * 4 + e + 1 :]
-                    )
-    return totals, squares
+            for i in tl.static_range(4 * TOKENS):
+                acc = accs[r * PLANES * 4 * TOKENS + i]
+                if PLANES == 2:
+                    acc = acc * 16.0 + accs[(r * 2 + 1) * 4 * TOKENS + i]
+                total = totals[r * 4 * TOKENS + i] + acc * (scale0 if i % 4 < 2 else scale1)
+                if MINIMUMS:
+                    total += sums[i] * (minimum0 if i % 4 < 2 else minimum1)
+                totals = totals[: r * 4 * TOKENS + i] + (total,) + totals[r * 4 * TOKENS + i + 1 :]
+    return totals, squares, xs, norms
 
 
 @triton.jit(do_not_specialize=["m", "n", "eps"])
@@ -349,7 +355,7 @@ def _few_kernel(
     EVEN: tl.constexpr = CHUNKS % WARPS == 0
     EVEN_K: tl.constexpr = EVEN and K % 128 == 0
     # Inputs are asked for a chunk ahead, but of many tokens, for which there are no registers; weights DEPTH chunks.
-    AHEAD: tl.constexpr = UNROLL or TOKENS == 1
+    AHEAD: tl.constexpr = TOKENS <= 2
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     threads = tl.arange(0, 32 * WARPS)
     warp = threads // 32
@@ -386,13 +392,16 @@ def _few_kernel(
     xs = ()
     norms = ()
     inside = (warp < CHUNKS).to(tl.int32)
+    left = K - first
     if NORM and AHEAD:
-        norms = _inputs(norm_at, first, 0, inside, K, WARPS, EVEN_K)
+        for p in tl.static_range(8):
+            norms = norms + _inputs(norm_at, 0, p, left, inside, K, WARPS, EVEN_K)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if AHEAD:
-        xs = _inputs(x_at, first, 0, inside, K, WARPS, EVEN_K)
+        for p in tl.static_range(8):
+            xs = xs + _inputs(x_at, 0, p, left, inside, K, WARPS, EVEN_K)
 
     nothing = tl.zeros([32 * WARPS], tl.float32)
     totals = ()
@@ -403,15 +412,10 @@ def _few_kernel(
             totals = totals + (nothing,)
     if UNROLL:
         for s in tl.static_range(STEPS):
-            now, beside = xs, norms
-            if s + 1 < STEPS:
-                inside = (warp + (s + 1) * WARPS < CHUNKS).to(tl.int32)
-                xs = _inputs(x_at, first, s + 1, inside, K, WARPS, EVEN_K)
-                if NORM:
-                    norms = _inputs(norm_at, first, s + 1, inside, K, WARPS, EVEN_K)
-            totals, squares = _chunk(
-                words[0], metas[0], now, beside, totals, squares,
-                GROUP, PLANES, MINIMUMS, NORM, TILES, TOKENS, BF16,
+            inside = (warp + (s + AHEAD) * WARPS < CHUNKS).to(tl.int32)
+            totals, squares, xs, norms = _chunk(
+                words[0], metas[0], xs, norms, x_at, norm_at, s + AHEAD, left, inside, totals, squares,
+                K, GROUP, PLANES, MINIMUMS, NORM, TILES, TOKENS, WARPS, BF16, AHEAD, s + 1 < STEPS, EVEN_K,
             )  # fmt: skip
             words, metas = words[1:], metas[1:]
             if s + DEPTH < STEPS:
@@ -422,20 +426,13 @@ def _few_kernel(
     else:
         for start in range(0, STEPS, DEPTH):
             for d in tl.static_range(DEPTH):
-                now, beside = xs, norms
+                step = start + d
                 if AHEAD:
-                    inside = (warp + (start + d + 1) * WARPS < CHUNKS).to(tl.int32)
-                    xs = _inputs(x_at, first, start + d + 1, inside, K, WARPS, False)
-                    if NORM:
-                        norms = _inputs(norm_at, first, start + d + 1, inside, K, WARPS, False)
-                else:
-                    inside = (warp + (start + d) * WARPS < CHUNKS).to(tl.int32)
-                    now = _inputs(x_at, first, start + d, inside, K, WARPS, False)
-                    if NORM:
-                        beside = _inputs(norm_at, first, start + d, inside, K, WARPS, False)
-                totals, squares = _chunk(
-                    words[d], metas[d], now, beside, totals, squares,
-                    GROUP, PLANES, MINIMUMS, NORM, TILES, TOKENS, BF16,
+                    step += 1
+                inside = (warp + step * WARPS < CHUNKS).to(tl.int32)
+                totals, squares, xs, norms = _chunk(
+                    words[d], metas[d], xs, norms, x_at, norm_at, step, left, inside, totals, squares,
+                    K, GROUP, PLANES, MINIMUMS, NORM, TILES, TOKENS, WARPS, BF16, AHEAD, True, False,
                 )  # fmt: skip
                 inside = (warp + (start + d + DEPTH) * WARPS < CHUNKS).to(tl.int32)
                 fetched = _fetch(words_at, meta_at, start + d + DEPTH, inside, GROUP, PLANES, WARPS, False)
@@ -506,20 +503,22 @@ def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | None:
 def find_config(m: int, n: int, k: int, kind: str, planes: int = 1, group: int = 128) -> Int4Config:
     """``kind`` is ``plain`` or ``gated`` (two rows an output). No tiles: the kernel of many tokens is faster."""
     tokens = triton.next_power_of_2(triton.cdiv(m, 8))
-    if planes == 1 and group == 128:
-        found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{8 * tokens}")
-        if found is not None:
-            return Int4Config(**found)
+    plain = planes == 1 and group == 128
+    form = "" if plain else f"/{4 * planes}-{group}"
+    found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{8 * tokens}{form}")
+    if found is not None:
+        return Int4Config(**found)
     if tokens > 2:
         return Int4Config(0, 0, 0)
     chunks = triton.cdiv(k, 128)
     tiles = 2 if kind == "gated" else 1
+    # More groups or planes in a chunk take more registers, of which a thread of 16 warps has fewest.
     warps = 4
-    if triton.cdiv(n, 16) * warps < _ENOUGH_WARPS and chunks >= 8 * warps:
-        warps = 8
-    depth = 4 if tiles * tokens == 1 else 3 if tokens == 1 else 2
-    if planes == 2 or group < 128:
-        depth = 2 if tiles * planes * tokens <= 2 else 1
+    while warps < (16 if plain else 8) and triton.cdiv(n, 16) * warps < _ENOUGH_WARPS and chunks > warps:
+        warps *= 2
+    depth = 4 if plain and tiles * tokens == 1 and warps < 16 else 2
+    if planes * tokens > 1 and not plain:
+        depth = 1
     return Int4Config(tiles, warps, min(depth, triton.cdiv(chunks, warps)))
 
 

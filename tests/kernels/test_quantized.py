@@ -245,28 +245,23 @@ def check_products(
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
-    ("tokens", "n", "k", "group", "act_order"),
+    ("tokens", "n", "k", "group", "act_order", "bias"),
     [
-        (1, 48, 256, 128, False),
-        (1, 20, 896, 32, False),
-        (1, 24, 3584, 128, False),
-        (1, 16, 4864, 64, True),
-        (2, 42, 1000, 1000, False),
-        (2, 24, 3584, 128, False),
-        (3, 70, 512, 128, False),
-        (5, 32, 18944, 128, False),
-        (8, 40, 1024, 1024, True),
-        (9, 32, 896, 32, False),
-        (16, 48, 896, 64, False),
-        (24, 64, 3584, 128, False),
-        (32, 16, 300, 300, False),
-        (33, 130, 1024, 32, True),
-        (100, 64, 3584, 128, False),
-        (200, 24, 200, 200, False),
-        (300, 40, 256, 128, True),
+        (1, 48, 256, 128, False, True),
+        (1, 20, 896, 32, False, False),
+        (1, 16, 4864, 64, True, False),
+        (2, 42, 1000, 1000, False, True),
+        (3, 32, 3584, 128, False, False),
+        (8, 40, 1024, 1024, True, True),
+        (9, 32, 18944, 128, False, True),
+        (16, 48, 896, 64, False, False),
+        (24, 64, 512, 32, False, True),
+        (33, 130, 1024, 32, True, False),
+        (100, 64, 3584, 128, False, True),
+        (200, 24, 200, 200, False, False),
+        (300, 40, 256, 128, True, True),
     ],
 )
-@pytest.mark.parametrize("bias", [False, True])
 def test_int4_products(
     device: str, dtype: torch.dtype, tokens: int, n: int, k: int, group: int, act_order: bool, bias: bool
 ) -> None:
@@ -277,18 +272,27 @@ def test_int4_products(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [(1, 1, 1), (1, 4, 4), (1, 8, 2), (2, 4, 3), (2, 2, 2), (4, 4, 1)])
 @pytest.mark.parametrize(
-    ("tokens", "k"), [(1, 256), (1, 3584), (3, 1000), (8, 18944), (13, 3584), (32, 2432)]
+    ("config", "tokens", "k", "gated_rows"),
+    [
+        ((1, 1, 1), 1, 256, False),
+        ((1, 4, 4), 1, 3584, False),
+        ((1, 16, 2), 5, 3584, False),
+        ((1, 8, 4), 8, 18944, False),
+        ((2, 8, 2), 13, 3584, False),
+        ((1, 4, 2), 32, 2432, False),
+        ((2, 4, 3), 1, 3584, True),
+        ((2, 2, 2), 3, 1000, True),
+        ((2, 8, 1), 16, 3584, True),
+        ((4, 4, 2), 7, 896, True),
+        ((4, 2, 1), 30, 512, True),
+    ],
 )
-@pytest.mark.parametrize("gated_rows", [False, True])
 def test_every_tile_of_the_int4_kernel(
     device: str, config: tuple[int, int, int], tokens: int, k: int, gated_rows: bool
 ) -> None:
     if not torch.zeros(1, device=device).is_cuda:
         pytest.skip("about the Triton kernel")
-    if gated_rows and config[0] == 1:
-        pytest.skip("gates and what they are for are two tiles")
     from kubeinfer.kernels.triton_int4 import Int4Config, int4_few_triton
 
     packed, plain = int4_weight(96 if gated_rows else 52, k, 128 if k % 128 == 0 else 40 * k)
@@ -388,22 +392,20 @@ def test_dequantized_with_minimums(
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
 @pytest.mark.parametrize(
-    ("tokens", "n", "k", "bias"),
+    ("bits", "group", "tokens", "n", "k", "bias"),
     [
-        (1, 48, 256, True),
-        (1, 20, 896, False),
-        (1, 24, 3584, False),
-        (1, 18, 1152, True),
-        (1, 16, 4864, False),
-        (2, 42, 160, True),
-        (7, 32, 4864, True),
-        (16, 48, 896, False),
-        (27, 32, 1152, False),
-        (33, 130, 1024, True),
-        (100, 64, 3584, False),
-        (300, 40, 256, True),
+        (4, 32, 1, 48, 256, True),
+        (8, 32, 1, 20, 896, False),
+        (8, 16, 1, 18, 1152, True),
+        (4, 32, 2, 42, 160, True),
+        (8, 16, 7, 32, 4864, True),
+        (8, 32, 9, 32, 1152, False),
+        (8, 16, 16, 48, 896, False),
+        (4, 32, 27, 32, 1152, False),
+        (4, 32, 33, 130, 1024, True),
+        (8, 16, 100, 64, 3584, False),
+        (8, 32, 300, 40, 256, True),
     ],
 )
 def test_products_with_minimums(

@@ -171,21 +171,33 @@ def layer_products() -> list[Product]:
 
 
 def int4_candidates(product: Product, m: int, kind: str) -> list[Int4Config]:
-    """Tiles, warps and chunks ahead that leave a program registers, and give enough programs to draw the memory's speed."""
+    """Enough programs to draw the memory's speed, in registers that there are."""
     tokens = -(-m // 8)
     found = []
     for tiles in (2, 4) if product.gated else (1, 2):
         for warps in (2, 4, 8, 16) if tokens == 1 and kind == "int4" else (4, 8):
             steps = -(-product.k // (128 * warps))
             programs = -(-product.n // (8 * tiles if product.gated else 16 * tiles))
-            if programs * warps < 800 or tiles * tokens > 8:
+            if programs * warps < 800 or tiles * tokens > 8 or (product.gated and warps == 16):
                 continue
-            for depth in (1, 2, 3, 4, 7):
+            for depth in (1, 2, 3, 4):
                 words = 8 * tiles * depth  # a thread's
                 few = depth == 1 and tokens == 1 and warps < 16 and kind == "int4"
                 most = {"int4": 72, "gguf4": 48, "gguf8": 24}[kind]
-                if not few and depth <= min(steps, 2 if warps == 16 else 7) and words <= most // tokens:
-                    found.append(Int4Config(tiles, warps, depth))
+                if few or depth > min(steps, 2 if warps == 16 else 7) or words > most // tokens:
+                    continue
+                found.append(Int4Config(tiles, warps, depth))
+                if kind == "int4" and tokens == 1 and (depth > 1 or warps == 16):
+                    limits = {
+                        (1, 4): (120,),
+                        (1, 8): (80,),
+                        (1, 16): (64,),
+                        (2, 4): (144, 120),
+                        (2, 8): (120,),
+                    }
+                    found += [
+                        Int4Config(tiles, warps, depth, limit) for limit in limits.get((tiles, warps), ())
+                    ]
     return found
 
 

@@ -3,11 +3,12 @@
 # ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
 """Triton kernel of `kubeinfer.kernels.int4` for few tokens: tensor cores, as fast as the weights are read.
 
-What bounds such a kernel on a fast memory is its instructions. Here a code costs seven eighths of a logic instruction and half
-of an addition: two codes a time are put into the mantissas of two 16-bit numbers (128 + q in bfloat16, 1,024 + q in float16),
-which minus the group's zero are exact, and the multiplications are the tensor cores'. Weights are their left operand and the
-tokens, padded to eight, the right one. The blocks of `kubeinfer.kernels.int4` are such that every thread reads its own part of
-the operands and nothing is moved between threads before the sums at the end.
+What bounds such a kernel on a fast memory is its instructions. Here a code costs seven eighths of a logic instruction: two codes
+a time are put into the mantissas of two 16-bit numbers, which are then multiplied by the tensor cores. In bfloat16 these are
+128 + q; what that and the group's zero add up to leaves at the group's end, as so many times the sum of the inputs, which is a
+product on the tensor cores as well. (float16 would lose bits to its 1,024, which are subtracted before.) Weights are the
+left operand and the tokens, padded to eight, the right one. The blocks of `kubeinfer.kernels.int4` are such that every thread
+reads its own part of the operands and nothing is moved between threads before the sums at the end.
 
 For that the kernel is written thread by thread: all tensors before the end are ``[32 warps]``, an element a thread, and the
 tensor cores are called with inline assembly. The warps of a program share its rows and take the chunks of inputs in turns.
@@ -91,27 +92,22 @@ def _load2(pointers, wanted, ALWAYS: tl.constexpr):
 
 
 @triton.jit
-def _codes(words, shift, BF16: tl.constexpr):
-    """The codes in bits 0 to 3 and 16 to 19 of ``words`` as a pair of 16-bit numbers, plus the pair ``shift``."""
+def _codes(words, BF16: tl.constexpr):
+    """The codes in bits 0 to 3 and 16 to 19 of ``words`` as a pair of 16-bit numbers: in bfloat16 plus 128."""
     if BF16:
         found = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 number, one;
-            mov.b32 one, 0x3F803F80;
-            lop3.b32 number, $1, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $0, number, one, $2;
-            }""",
-            "=r,r,r", [words, shift], dtype=tl.int32, is_pure=True, pack=1,
+            "lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;",
+            "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
         found = tl.inline_asm_elementwise(
             """{
-            .reg .b32 number, one;
-            mov.b32 one, 0x3C003C00;
-            lop3.b32 number, $1, 0x000F000F, 0x64006400, 0xEA;
-            fma.rn.f16x2 $0, number, one, $2;
+            .reg .b32 number, exponent;
+            mov.b32 exponent, 0x64006400;
+            lop3.b32 number, $1, 0x000F000F, exponent, 0xEA;
+            sub.rn.f16x2 $0, number, exponent;
             }""",
-            "=r,r,r", [words, shift], dtype=tl.int32, is_pure=True, pack=1,
+            "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     return found
 
@@ -244,6 +240,10 @@ def _chunk(
     they are empty, and the chunk is ``step``.
     """
     PER: tl.constexpr = GROUP // 16  # products a group
+    # How much the numbers that are multiplied exceed the codes: 128 each in bfloat16, and 128 those of a high and a low plane.
+    OFFSET: tl.constexpr = (128.0 if BF16 else 0.0) * (17 if PLANES == 2 else 1) + (
+        128.0 if PLANES == 2 else 0.0
+    )
     nothing = tl.zeros([words[0].shape[0]], tl.float32)
     one = tl.full([words[0].shape[0]], 0x3F803F80 if BF16 else 0x3C003C00, tl.int32)
     for group in tl.static_range(8 // PER):
@@ -253,15 +253,6 @@ def _chunk(
             sums = sums + (nothing, nothing, nothing, nothing)
         for _ in tl.static_range(TILES * PLANES * TOKENS):
             accs = accs + (nothing, nothing, nothing, nothing)
-        shifts = ()
-        for r in tl.static_range(2 * TILES):
-            # The bits of minus 128 (1,024) and the zero.
-            if MINIMUMS:
-                shift = tl.full([words[0].shape[0]], -0x3CFF3D00 if BF16 else -0x1BFF1C00, tl.int32)
-            else:
-                meta = metas[2 * (r // 2 * (8 // PER) + group) + r % 2]
-                shift = (meta & 255) * 0x10001 + (-0x3CFF3D00 if BF16 else -0x1BFF1C00)
-            shifts = shifts + (shift,)
         for p in tl.static_range(group * PER, group * PER + PER):
             if AHEAD:
                 x, norm = xs[: 2 * TOKENS], norms[:2]
@@ -281,41 +272,42 @@ def _chunk(
                     square = _squares(b0, b1, squares[8 * i : 8 * i + 8])
                     squares = squares[: 8 * i] + square + squares[8 * i + 8 :]
                     b0, b1 = _times(b0, norm[0]), _times(b1, norm[1])
-                if MINIMUMS:
-                    found = _mma(one, one, one, one, b0, b1, sums[4 * i : 4 * i + 4], BF16)
-                    sums = sums[: 4 * i] + found + sums[4 * i + 4 :]
+                found = _mma(one, one, one, one, b0, b1, sums[4 * i : 4 * i + 4], BF16)
+                sums = sums[: 4 * i] + found + sums[4 * i + 4 :]
                 inputs = inputs + (b0, b1)
             for r in tl.static_range(TILES * PLANES):
-                # The codes of a high plane are a signed number's.
-                shift0, shift1 = shifts[r // PLANES * 2], shifts[r // PLANES * 2 + 1]
-                if PLANES == 2 and r % 2 == 0:
-                    shift0, shift1 = shift0 + 0x80008, shift1 + 0x80008
                 word0 = words[r * 8 + p // 2]
                 word1 = words[r * 8 + 4 + p // 2]
-                a0 = _codes(word0 >> (p % 2 * 8), shift0, BF16)
-                a1 = _codes(word1 >> (p % 2 * 8), shift1, BF16)
-                a2 = _codes(word0 >> (p % 2 * 8 + 4), shift0, BF16)
-                a3 = _codes(word1 >> (p % 2 * 8 + 4), shift1, BF16)
+                a0 = _codes(word0 >> (p % 2 * 8), BF16)
+                a1 = _codes(word1 >> (p % 2 * 8), BF16)
+                a2 = _codes(word0 >> (p % 2 * 8 + 4), BF16)
+                a3 = _codes(word1 >> (p % 2 * 8 + 4), BF16)
                 for i in tl.static_range(TOKENS):
                     acc = accs[(r * TOKENS + i) * 4 : (r * TOKENS + i) * 4 + 4]
                     acc = _mma(a0, a1, a2, a3, inputs[2 * i], inputs[2 * i + 1], acc, BF16)
                     accs = accs[: (r * TOKENS + i) * 4] + acc + accs[(r * TOKENS + i) * 4 + 4 :]
         for r in tl.static_range(TILES):
-            meta0 = metas[2 * (r * (8 // PER) + group)]
-            meta1 = metas[2 * (r * (8 // PER) + group) + 1]
-            if MINIMUMS:
-                scale0, minimum0 = split_meta(meta0)
-                scale1, minimum1 = split_meta(meta1)
-            else:
-                scale0 = (meta0 & -256).to(tl.float32, bitcast=True)
-                scale1 = (meta1 & -256).to(tl.float32, bitcast=True)
+            scales = ()
+            apart = ()  # what a group's inputs count besides, in the unit of the codes where these have zeros
+            for half in tl.static_range(2):
+                meta = metas[2 * (r * (8 // PER) + group) + half]
+                if MINIMUMS:
+                    scale, minimum = split_meta(meta)
+                    apart = apart + (minimum - scale * OFFSET,)
+                else:
+                    scale = (meta & -256).to(tl.float32, bitcast=True)
+                    apart = apart + (-OFFSET - (meta & 255).to(tl.float32),)
+                scales = scales + (scale,)
             for i in tl.static_range(4 * TOKENS):
                 acc = accs[r * PLANES * 4 * TOKENS + i]
                 if PLANES == 2:
                     acc = acc * 16.0 + accs[(r * 2 + 1) * 4 * TOKENS + i]
-                total = totals[r * 4 * TOKENS + i] + acc * (scale0 if i % 4 < 2 else scale1)
+                total = totals[r * 4 * TOKENS + i]
                 if MINIMUMS:
-                    total += sums[i] * (minimum0 if i % 4 < 2 else minimum1)
+                    total += acc * scales[i % 4 // 2]
+                    total += sums[i] * apart[i % 4 // 2]
+                else:
+                    total += (acc + sums[i] * apart[i % 4 // 2]) * scales[i % 4 // 2]
                 totals = totals[: r * 4 * TOKENS + i] + (total,) + totals[r * 4 * TOKENS + i + 1 :]
     return totals, squares, xs, norms
 
@@ -478,11 +470,12 @@ _FEW = Kernel(_few_kernel)
 
 @dataclass(frozen=True, slots=True)
 class Int4Config:
-    """Tiles of 16 rows a program (of a gated layer's halves together), warps, and chunks of a warp fetched ahead."""
+    """Tiles of 16 rows a program (of a gated layer's halves together), warps, chunks of a warp fetched ahead, most registers."""
 
     tiles: int
     num_warps: int
     depth: int
+    registers: int = 0
 
 
 def layout(weight: Int4Weight) -> tuple[int, int, int, bool]:
@@ -555,5 +548,5 @@ def int4_few_triton(
         residual is not None, config.tiles, tokens, config.num_warps, min(config.depth, steps), pieces <= _MOST_UNROLLED, pdl,
     )  # fmt: skip
     programs = triton.cdiv(n, ROWS * (config.tiles // 2 if gated else config.tiles))
-    _FEW.launch((programs, 1, 1), args, constants, config.num_warps, pdl=pdl)
+    _FEW.launch((programs, 1, 1), args, constants, config.num_warps, pdl=pdl, max_registers=config.registers)
     return out

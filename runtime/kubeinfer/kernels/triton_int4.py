@@ -483,9 +483,15 @@ def layout(weight: Int4Weight) -> tuple[int, int, int, bool]:
     return weight.words.shape[1], weight.group, weight.bits // 4, weight.minimums
 
 
+@functools.cache
+def _has_tensor_cores() -> bool:
+    """Those whose product of 16 x 8 x 16 is used here, of Ampere and later. (In the interpreter there is no GPU to ask.)"""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+
+
 def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | None:
     """How `int4_few_triton` computes it; None where it has no kernel or another is faster."""
-    if x.shape[0] > MAX_ROWS or weight.k % 4 or (gated and weight.n // 2 % ROWS):
+    if x.shape[0] > MAX_ROWS or weight.k % 4 or (gated and weight.n // 2 % ROWS) or not _has_tensor_cores():
         return None
     n, kind = (weight.n // 2, "gated") if gated else (weight.n, "plain")
     config = find_config(x.shape[0], n, weight.k, kind, weight.bits // 4, weight.group)

@@ -31,6 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.int4 import ROWS, Int4Weight
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+from kubeinfer.kernels.triton_mma import add_squares, codes, from_thread, load2, load4, mma, times
 
 MAX_ROWS = 32
 # Warps that keep the memory of a large GPU busy.
@@ -45,132 +46,6 @@ def split_meta(meta):
     scale = (meta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     minimum = (meta >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return scale.to(tl.float32), minimum.to(tl.float32)
-
-
-@triton.jit
-def _load4(pointers, wanted, ALWAYS: tl.constexpr):
-    """Four words at ``pointers``, which are not read again soon; anything where not ``wanted``."""
-    if ALWAYS:
-        found = tl.inline_asm_elementwise(
-            "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,l", [pointers],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        found = tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            setp.ne.b32 p, $5, 0;
-            @p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];
-            }""",
-            "=r,=r,=r,=r,l,r", [pointers, wanted],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    return found
-
-
-@triton.jit
-def _load2(pointers, wanted, ALWAYS: tl.constexpr):
-    """Two words at ``pointers``; zeros where not ``wanted``. Stays behind the wait for the kernel before."""
-    if ALWAYS:
-        found = tl.inline_asm_elementwise(
-            "ld.global.v2.b32 {$0, $1}, [$2];",
-            "=r,=r,l", [pointers], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        found = tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            setp.ne.b32 p, $3, 0;
-            mov.b32 $0, 0;
-            mov.b32 $1, 0;
-            @p ld.global.v2.b32 {$0, $1}, [$2];
-            }""",
-            "=&r,=&r,l,r", [pointers, wanted], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
-    return found
-
-
-@triton.jit
-def _codes(words, BF16: tl.constexpr):
-    """The codes in bits 0 to 3 and 16 to 19 of ``words`` as a pair of 16-bit numbers: in bfloat16 plus 128."""
-    if BF16:
-        found = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;",
-            "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        found = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 number, exponent;
-            mov.b32 exponent, 0x64006400;
-            lop3.b32 number, $1, 0x000F000F, exponent, 0xEA;
-            sub.rn.f16x2 $0, number, exponent;
-            }""",
-            "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return found
-
-
-@triton.jit
-def _times(x, y):
-    """Products of pairs of bfloat16 numbers: ``x y - 0``, which older GPUs have too."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 zero;
-        mov.b32 zero, 0x80008000;
-        fma.rn.bf16x2 $0, $1, $2, zero;
-        }""",
-        "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _mma(a0, a1, a2, a3, b0, b1, c, BF16: tl.constexpr):
-    """``c`` (four fp32 a thread) plus a product of 16 x 16 and 16 x 8 numbers, pairs of 16 bits."""
-    if BF16:
-        found = tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        found = tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
-    return found
-
-
-@triton.jit
-def _squares(b0, b1, found):
-    """Add to ``found`` the squares of tokens' bfloat16 inputs, for thread ``9 t + 4 e`` of token ``2 t + e``.
-
-    They are on the diagonals of the inputs' products with each other: of the first's in numbers 0 and 1, of the second's in 6
-    and 7. A left operand of 8 inputs is the two registers that were read together, so that neither is moved.
-    """
-    return tl.inline_asm_elementwise(
-        """{
-        mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$8, $9}, {$8}, {$10, $11, $12, $13};
-        mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$4, $5, $6, $7}, {$8, $9}, {$9}, {$14, $15, $16, $17};
-        }""",
-        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,f,f,f,f,f,f,f,f",
-        [b0, b1, found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
-        is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _from_thread(values, place):
-    """Of fp32 ``values``, that of the thread at ``place`` in the same warp."""
-    return tl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, $2, 0x1F, 0xFFFFFFFF;",
-        "=f,f,r", [values, place], dtype=tl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -206,11 +81,11 @@ def _fetch(
     for r in tl.static_range(len(words_at)):
         at = words_at[r] + step * (WARPS * PLANES * 256)
         for half in tl.static_range(2 * PLANES):
-            words = words + _load4(at + half * 128, inside, EVEN)
+            words = words + load4(at + half * 128, inside, EVEN)
     for r in tl.static_range(len(words_at)):
         at = meta_at[r] + step * (WARPS * (128 // GROUP) * 16)
         for i in tl.static_range(128 // GROUP):
-            metas = metas + _load2(at + i * 16, inside, EVEN)
+            metas = metas + load2(at + i * 16, inside, EVEN)
     return words, metas
 
 
@@ -223,7 +98,7 @@ def _inputs(
         inside = (step * (WARPS * 128) + p * 16 < left).to(tl.int32)
     found = ()
     for i in tl.static_range(len(at)):
-        found = found + _load2(at[i] + step * (WARPS * 128) + p * 16, inside, EVEN)
+        found = found + load2(at[i] + step * (WARPS * 128) + p * 16, inside, EVEN)
     return found
 
 
@@ -269,22 +144,22 @@ def _chunk(
             for i in tl.static_range(TOKENS):
                 b0, b1 = x[2 * i], x[2 * i + 1]
                 if NORM:
-                    square = _squares(b0, b1, squares[8 * i : 8 * i + 8])
+                    square = add_squares(b0, b1, squares[8 * i : 8 * i + 8])
                     squares = squares[: 8 * i] + square + squares[8 * i + 8 :]
-                    b0, b1 = _times(b0, norm[0]), _times(b1, norm[1])
-                found = _mma(one, one, one, one, b0, b1, sums[4 * i : 4 * i + 4], BF16)
+                    b0, b1 = times(b0, norm[0]), times(b1, norm[1])
+                found = mma(one, one, one, one, b0, b1, sums[4 * i : 4 * i + 4], BF16)
                 sums = sums[: 4 * i] + found + sums[4 * i + 4 :]
                 inputs = inputs + (b0, b1)
             for r in tl.static_range(TILES * PLANES):
                 word0 = words[r * 8 + p // 2]
                 word1 = words[r * 8 + 4 + p // 2]
-                a0 = _codes(word0 >> (p % 2 * 8), BF16)
-                a1 = _codes(word1 >> (p % 2 * 8), BF16)
-                a2 = _codes(word0 >> (p % 2 * 8 + 4), BF16)
-                a3 = _codes(word1 >> (p % 2 * 8 + 4), BF16)
+                a0 = codes(word0 >> (p % 2 * 8), BF16)
+                a1 = codes(word1 >> (p % 2 * 8), BF16)
+                a2 = codes(word0 >> (p % 2 * 8 + 4), BF16)
+                a3 = codes(word1 >> (p % 2 * 8 + 4), BF16)
                 for i in tl.static_range(TOKENS):
                     acc = accs[(r * TOKENS + i) * 4 : (r * TOKENS + i) * 4 + 4]
-                    acc = _mma(a0, a1, a2, a3, inputs[2 * i], inputs[2 * i + 1], acc, BF16)
+                    acc = mma(a0, a1, a2, a3, inputs[2 * i], inputs[2 * i + 1], acc, BF16)
                     accs = accs[: (r * TOKENS + i) * 4] + acc + accs[(r * TOKENS + i) * 4 + 4 :]
         for r in tl.static_range(TILES):
             scales = ()
@@ -435,8 +310,8 @@ def _few_kernel(
     for i in tl.static_range(TOKENS):
         factors = ()
         if NORM:
-            even = _from_thread(squares[8 * i] + squares[8 * i + 6], place % 4 * 9)
-            odd = _from_thread(squares[8 * i + 1] + squares[8 * i + 7], place % 4 * 9 + 4)
+            even = from_thread(squares[8 * i] + squares[8 * i + 6], place % 4 * 9)
+            odd = from_thread(squares[8 * i + 1] + squares[8 * i + 7], place % 4 * 9 + 4)
             both = _sum_of_warps((even, odd), WARPS)
             factors = (tl.rsqrt(both[0] / K + eps), tl.rsqrt(both[1] / K + eps))
         sums = ()

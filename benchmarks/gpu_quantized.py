@@ -1,6 +1,6 @@
 """Times quantized linear layers beside unquantized ones, and tunes their kernels of a few tokens.
 
-    PYTHONPATH=runtime python3 benchmarks/gpu_quantized.py [--tune FOLDER] [--tokens 1,2,4,8,16,64,256,1024,4096]
+    PYTHONPATH=runtime python3 benchmarks/gpu_quantized.py [--tune FOLDER [--kinds int4,gguf4,gguf8,fp8]] [--tokens 1,2,4,8,16,64,256,1024,4096]
 
 For every product of a decoder layer of the 7B shape: microseconds as the layer runs it (norm and activation included), as
 replayed CUDA graphs that take turns over weights larger than the L2 cache. ``--tune`` first times each configuration of the
@@ -27,41 +27,51 @@ from kubeinfer.kernels.activation import silu_and_mul, silu_and_mul_reference
 from kubeinfer.kernels.fused_linear import add_linear, gated_linear, norm_linear
 from kubeinfer.kernels.int4 import Int4Weight
 from kubeinfer.kernels.linear import MAX_FEW_ROWS
-from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm_reference
-from kubeinfer.kernels.triton_int4 import int4_vector_triton, row_halves
+from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm, rms_norm_reference
+from kubeinfer.kernels.triton_int4 import Int4Config, int4_few_triton
+from kubeinfer.kernels.triton_int4_dot import int4_dot_triton
 from kubeinfer.kernels.triton_linear import Config, linear_triton
 
 _TURNS_BYTES = 256 << 20
 _GROUP = 128
 
 
+def random_words(product: Product, planes: int) -> Tensor:
+    shape = (-(-product.rows // int4.ROWS), -(-product.k // int4.CHUNK), planes, int4.ROWS, 16)
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
+
+
+def metas(product: Product, group: int, bits: Tensor) -> Tensor:
+    """The same scale and zero (or minimum) for all groups: the int32 ``bits``."""
+    shape = (-(-product.rows // int4.ROWS), -(-product.k // int4.CHUNK) * int4.CHUNK // group, int4.ROWS)
+    return bits.cuda().expand(shape).contiguous()
+
+
 def int4_weights(product: Product, count: int) -> list[Int4Weight]:
-    words = -(-product.k // int4.CHUNK) * int4.CHUNK // 8
-    scale = torch.full((product.rows, words * 8 // _GROUP), 0.003, device="cuda")
-    meta = int4.pack_meta(scale, torch.full_like(scale, 7))
+    meta = metas(product, _GROUP, int4.pack_meta(torch.tensor([0.003]), torch.tensor([7])))
     return [
-        Int4Weight(
-            torch.randint(-(2**31), 2**31 - 1, (product.rows, words), dtype=torch.int32, device="cuda"),
-            meta, product.rows, product.k, _GROUP,
-        )
+        Int4Weight(random_words(product, 1), meta.clone(), product.rows, product.k, _GROUP)
         for _ in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def gguf_weights(product: Product, bits: int, count: int) -> list[Int4Weight]:
     """As GGUF's types of 4 bits and of 6: a scale and a minimum for 32 inputs, or for 16."""
     group = 32 if bits == 4 else 16
-    padded = -(-product.k // (1024 // bits)) * (1024 // bits)
     pair = torch.tensor([0.004, -0.03] if bits == 4 else [0.0003, 0.0]).half()
-    meta = pair.view(torch.int32).cuda().expand(product.rows, padded // group).contiguous()
-    shape = (product.rows, padded * bits // 32)
+    meta = metas(product, group, pair.view(torch.int32))
     return [
         Int4Weight(
-            torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda"),
-            meta, product.rows, product.k, group, None, True, bits,
+            random_words(product, bits // 4), meta.clone(), product.rows, product.k, group, None, True, bits
         )
         for _ in range(count)
-    ]  # fmt: skip
+    ]
+
+
+def packed_weights(product: Product, kind: str, count: int) -> list[Any]:
+    if kind == "fp8":
+        return fp8_weights(product, count)
+    return int4_weights(product, count) if kind == "int4" else gguf_weights(product, int(kind[4:]), count)
 
 
 def fp8_weights(product: Product, count: int) -> list[tuple[Tensor, Tensor]]:
@@ -160,16 +170,35 @@ def layer_products() -> list[Product]:
     return [p for p in products() if p.name.split()[0] == "7B" and "head" not in p.name]
 
 
-def int4_candidates(product: Product) -> list[Config]:
-    """Rows (of an output's two, where gated), words a step (128 a warp), warps, tiles fetched ahead."""
-    return [
-        Config(rows // 2 if product.gated else rows, 128 * warps, warps, depth)
-        for rows in (16, 8, 4)
-        for warps in (1, 2, 4)
-        for depth in (1, 2)
-        if (depth == 1 or 1024 * warps < product.k)
-        and rows <= 8 * row_halves(product.n, product.k, 128 * warps, product.kind)
-    ]
+def int4_candidates(product: Product, m: int, kind: str) -> list[Int4Config]:
+    """Enough programs to draw the memory's speed, in registers that there are."""
+    tokens = -(-m // 8)
+    found = []
+    for tiles in (2, 4) if product.gated else (1, 2):
+        for warps in (2, 4, 8, 16) if tokens == 1 and kind == "int4" else (4, 8):
+            steps = -(-product.k // (128 * warps))
+            programs = -(-product.n // (8 * tiles if product.gated else 16 * tiles))
+            if programs * warps < 800 or tiles * tokens > 8 or (product.gated and warps == 16):
+                continue
+            for depth in (1, 2, 3, 4):
+                words = 8 * tiles * depth  # a thread's
+                few = depth == 1 and tokens == 1 and warps < 16 and kind == "int4"
+                most = {"int4": 72, "gguf4": 48, "gguf8": 24}[kind]
+                if few or depth > min(steps, 2 if warps == 16 else 7) or words > most // tokens:
+                    continue
+                found.append(Int4Config(tiles, warps, depth))
+                if kind == "int4" and tokens == 1 and (depth > 1 or warps == 16):
+                    limits = {
+                        (1, 4): (120,),
+                        (1, 8): (80,),
+                        (1, 16): (64,),
+                        (2, 4): (144, 120),
+                        (2, 8): (120,),
+                    }
+                    found += [
+                        Int4Config(tiles, warps, depth, limit) for limit in limits.get((tiles, warps), ())
+                    ]
+    return found
 
 
 def fp8_candidates(product: Product, m: int) -> list[Config]:
@@ -184,10 +213,18 @@ def fp8_candidates(product: Product, m: int) -> list[Config]:
     ]
 
 
-def int4_run(given: Inputs, config: Config, weight: Int4Weight, residual: Tensor) -> Tensor:
+def int4_run(given: Inputs, config: Int4Config, weight: Int4Weight, residual: Tensor) -> Tensor:
     p = given.product
     norm = given.norm if p.norm else None
-    return int4_vector_triton(given.x, weight, None, norm, 1e-6, p.gated, residual if p.add else None, config)
+    return int4_few_triton(given.x, weight, None, norm, 1e-6, p.gated, residual if p.add else None, config)
+
+
+def int4_cores(given: Inputs, weight: Int4Weight) -> Tensor:
+    """What a layer runs with the kernel of many tokens."""
+    p = given.product
+    y = int4_dot_triton(rms_norm(given.x, given.norm, 1e-6) if p.norm else given.x, weight, None)
+    y = silu_and_mul(y) if p.gated else y
+    return given.residual.add_(y) if p.add else y
 
 
 def fp8_run(given: Inputs, config: Config, weight: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
@@ -206,11 +243,11 @@ def fp8_cores(given: Inputs, weight: tuple[Tensor, Tensor]) -> Tensor:
     return silu_and_mul(y) if p.gated else y
 
 
-def check(task: tuple[str, Product, int, list[Config]]) -> list[tuple[str, str, int, Config, str]]:
+def check(task: tuple[str, Product, int, list[Any]]) -> list[tuple[str, str, int, Any, str]]:
     """Compile and run every configuration once; what is wrong."""
     kind, product, m, configs = task
     given = Inputs(product, m)
-    weight = int4_weights(product, 1)[0] if kind == "int4" else fp8_weights(product, 1)[0]
+    weight = packed_weights(product, kind, 1)[0]
     if isinstance(weight, Int4Weight):
         matrix = int4.dequantize_int4_reference(weight, torch.float32)
     else:
@@ -223,7 +260,7 @@ def check(task: tuple[str, Product, int, list[Config]]) -> list[tuple[str, str, 
     for config in configs:
         try:
             residual = given.residual.clone()
-            run: Any = int4_run if kind == "int4" else fp8_run
+            run: Any = fp8_run if kind == "fp8" else int4_run
             got = run(given, config, weight, residual).float()
             off = float((got - want).norm() / want.norm())
         except Exception as exc:  # reported: one bad candidate must not end the run
@@ -234,12 +271,14 @@ def check(task: tuple[str, Product, int, list[Config]]) -> list[tuple[str, str, 
     return wrong
 
 
-def tune(folder: Path, workers: int) -> None:
+def tune(folder: Path, workers: int, kinds: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    candidates: dict[tuple[str, Product, int], list[Config]] = {}
+    candidates: dict[tuple[str, Product, int], list[Any]] = {}
     for product in layer_products():
-        candidates[("int4", product, 1)] = int4_candidates(product)
-        candidates.update({("fp8", product, m): fp8_candidates(product, m) for m in (1, 2, 4)})
+        for kind in kinds:
+            for m in {"int4": (1, 16, 32), "fp8": (1, 2, 4)}.get(kind, (1,)):
+                configs = fp8_candidates(product, m) if kind == "fp8" else int4_candidates(product, m, kind)
+                candidates[(kind, product, m)] = configs
     tasks = [
         (*key, configs[i : i + 3]) for key, configs in candidates.items() for i in range(0, len(configs), 3)
     ]
@@ -248,42 +287,53 @@ def tune(folder: Path, workers: int) -> None:
     for entry in wrong:
         print("wrong:", *entry, flush=True)
     bad = {entry[:4] for entry in wrong}
-    tables: dict[str, dict[str, dict[str, int]]] = {"int4": {}, "fp8": {}}
+    tables: dict[str, dict[str, dict[str, int]]] = {"int4": {}, "linear_fp8": {}}
     for (kind, product, m), configs in candidates.items():
-        size = product.rows * product.k // (2 if kind == "int4" else 1)
+        size = product.rows * product.k // (2 if kind in ("int4", "gguf4") else 1)
         given = Inputs(product, m)
-        weights: list[Any] = (int4_weights if kind == "int4" else fp8_weights)(product, turns(size))
-        run: Any = int4_run if kind == "int4" else fp8_run
+        weights = packed_weights(product, kind, turns(size))
+        run: Any = fp8_run if kind == "fp8" else int4_run
         spare = given.residual.clone()
         timed = [
             (microseconds(lambda w, g=given, c=config, r=spare, f=run: f(g, c, w, r), weights), config)
             for config in configs
             if (kind, product.name, m, config) not in bad
         ]
-        best, config = min(timed, key=lambda pair: pair[0])
-        text = ""
+        if not timed:
+            continue
+        timed.sort(key=lambda pair: pair[0])
+        best, config = timed[0]
+        others: Any = fp8_cores if kind == "fp8" else int4_cores
+        cores = microseconds(lambda w, g=given, f=others: f(g, w), weights)
+        table = asdict(config)
+        if cores < best:
+            table = dict.fromkeys(table, 0)
+        shape = f"{product.kind}/{product.n}x{product.k}"
         if kind == "fp8":
-            cores = microseconds(lambda w, g=given: fp8_cores(g, w), weights)
-            text = f" (tensor cores {cores:.2f})"
-            config = config if best < cores else Config(0, 0, 0, 0)
-        key = f"{'fp8/' if kind == 'fp8' else ''}{product.kind}/{product.n}x{product.k}/m{m}"
-        tables[kind][key] = asdict(config)
+            tables["linear_fp8"][f"fp8/{shape}/m{m}"] = table
+        else:  # one kernel is for up to eight tokens
+            form = {"int4": "", "gguf4": "/4-32", "gguf8": "/8-16"}[kind]
+            tables["int4"][f"{shape}/m{max(8, m)}{form}"] = table
         print(
-            f"{product.name:12} {kind} m{m} {best:7.2f} us{text} {size / best / 1e6:5.2f} TB/s {config}",
+            f"{product.name:12} {kind} m{m} {best:7.2f} us (many tokens' kernel {cores:.2f}) {size / best / 1e6:5.2f} TB/s; "
+            + ", ".join(f"{time:.2f} {tuple(asdict(other).values())}" for time, other in timed[:5]),
             flush=True,
         )
-    (folder / "int4.json").write_text(json.dumps(tables["int4"], indent=1) + "\n")
-    (folder / "linear_fp8.json").write_text(json.dumps(tables["fp8"], indent=1) + "\n")
+    for name, table in tables.items():
+        if table:
+            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items())
+            (folder / f"{name}.json").write_text(f"{{\n{lines}\n}}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tune", type=Path, metavar="FOLDER")
+    parser.add_argument("--kinds", default="int4,gguf4,gguf8,fp8", help="of what --tune tunes")
     parser.add_argument("--tokens", default="1,2,4,8,16,64,256,1024,4096")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     options = parser.parse_args()
     if options.tune:
-        tune(options.tune, options.workers)
+        tune(options.tune, options.workers, options.kinds.split(","))
     report([int(m) for m in options.tokens.split(",")])
 
 

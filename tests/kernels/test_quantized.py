@@ -245,23 +245,23 @@ def check_products(
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
-    ("tokens", "n", "k", "group", "act_order"),
+    ("tokens", "n", "k", "group", "act_order", "bias"),
     [
-        (1, 48, 256, 128, False),
-        (1, 20, 896, 32, False),
-        (1, 24, 3584, 128, False),
-        (1, 16, 4864, 64, True),
-        (2, 42, 1000, 1000, False),
-        (2, 24, 3584, 128, False),
-        (3, 70, 512, 128, False),
-        (16, 48, 896, 64, False),
-        (33, 130, 1024, 32, True),
-        (100, 64, 3584, 128, False),
-        (200, 24, 200, 200, False),
-        (300, 40, 256, 128, True),
+        (1, 48, 256, 128, False, True),
+        (1, 20, 896, 32, False, False),
+        (1, 16, 4864, 64, True, False),
+        (2, 42, 1000, 1000, False, True),
+        (3, 32, 3584, 128, False, False),
+        (8, 40, 1024, 1024, True, True),
+        (9, 32, 18944, 128, False, True),
+        (16, 48, 896, 64, False, False),
+        (24, 64, 512, 32, False, True),
+        (33, 130, 1024, 32, True, False),
+        (100, 64, 3584, 128, False, True),
+        (200, 24, 200, 200, False, False),
+        (300, 40, 256, 128, True, True),
     ],
 )
-@pytest.mark.parametrize("bias", [False, True])
 def test_int4_products(
     device: str, dtype: torch.dtype, tokens: int, n: int, k: int, group: int, act_order: bool, bias: bool
 ) -> None:
@@ -273,19 +273,50 @@ def test_int4_products(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "config", [(8, 128, 1, 1), (8, 256, 2, 2), (4, 512, 4, 1), (1, 128, 1, 2), (2, 256, 2, 3)]
+    ("config", "tokens", "k", "gated_rows"),
+    [
+        ((1, 1, 1), 1, 256, False),
+        ((1, 4, 4), 1, 3584, False),
+        ((1, 16, 2), 5, 3584, False),
+        ((1, 8, 4), 8, 18944, False),
+        ((2, 8, 2), 13, 3584, False),
+        ((1, 4, 2), 32, 2432, False),
+        ((2, 4, 3), 1, 3584, True),
+        ((2, 2, 2), 3, 1000, True),
+        ((2, 8, 1), 16, 3584, True),
+        ((4, 4, 2), 7, 896, True),
+        ((4, 2, 1), 30, 512, True),
+    ],
 )
-@pytest.mark.parametrize("k", [256, 1000, 3584])
-def test_every_tile_of_the_int4_kernel(device: str, config: tuple[int, int, int, int], k: int) -> None:
+def test_every_tile_of_the_int4_kernel(
+    device: str, config: tuple[int, int, int], tokens: int, k: int, gated_rows: bool
+) -> None:
     if not torch.zeros(1, device=device).is_cuda:
         pytest.skip("about the Triton kernel")
-    from kubeinfer.kernels.triton_int4 import int4_vector_triton
-    from kubeinfer.kernels.triton_linear import Config
+    from kubeinfer.kernels.triton_int4 import Int4Config, int4_few_triton
 
-    packed, plain = int4_weight(52, k, 64)
-    weight, x = move(packed, device), torch.randn(2, k, dtype=torch.float16)
-    got = int4_vector_triton(x.to(device), weight, None, None, 0.0, False, None, Config(*config))
-    assert error(got, x.double() @ plain.T) < TOLERANCE[torch.float16]
+    packed, plain = int4_weight(96 if gated_rows else 52, k, 128 if k % 128 == 0 else 40 * k)
+    x, norm = torch.randn(tokens, k).bfloat16(), (torch.rand(k) + 0.5).bfloat16()
+    weight, on = move(packed, device), x.to(device)
+    got = int4_few_triton(on, weight, None, norm.to(device), EPS, gated_rows, None, Int4Config(*config))
+    want = normed(x, norm) @ plain.T
+    assert error(got, gated(want) if gated_rows else want) < TOLERANCE[torch.bfloat16]
+    if not gated_rows:
+        total = torch.randn(tokens, 52).half()
+        want = total.double() + x.double() @ plain.T
+        got = int4_few_triton(
+            on.half(), weight, None, None, 0.0, False, total.to(device), Int4Config(*config)
+        )
+        assert error(got, want) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.gpu
+def test_int4_products_of_huge_inputs_in_float16(device: str) -> None:
+    """Norm weights times inputs would overflow float16; normed inputs do not."""
+    packed, plain = int4_weight(64, 512, 128)
+    x, norm = (torch.randn(2, 512) * 8000).half(), (torch.rand(512) * 40).half()
+    got = int4_linear(x.to(device), move(packed, device), None, norm.to(device), EPS)
+    assert error(got, normed(x, norm) @ plain.T) < 2 * TOLERANCE[torch.float16]
 
 
 def test_packing_is_reversible() -> None:
@@ -296,6 +327,24 @@ def test_packing_is_reversible() -> None:
         ones = torch.ones(k // 32, n)
         weight = pack_int4(codes, ones, torch.zeros_like(ones), 32, None)
         assert torch.equal(int4.dequantize_int4_reference(weight, torch.float32), codes.float().t())
+
+
+def test_blocks_hold_what_threads_multiply() -> None:
+    """The order that the tensor cores' left operand wants: see `kubeinfer.kernels.int4`."""
+    n, k = 20, 200
+    codes = torch.randint(0, 16, (k, n), dtype=torch.uint8)
+    scales, zeros = torch.rand(2, n), torch.randint(0, 16, (2, n), dtype=torch.uint8)
+    weight = pack_int4(codes, scales, zeros, 128, None)
+    assert weight.words.shape == (2, 2, 1, 16, 16)
+    assert weight.meta.shape == (2, 2, 16)
+    for _ in range(200):
+        row, chunk, t, j, b, c, h = (random.randrange(end) for end in (n, 2, 4, 4, 2, 2, 2))
+        word = int(weight.words[row // 16, chunk, 0, row % 16, 4 * t + j])
+        column = 128 * chunk + 32 * j + 16 * b + 4 * t + 2 * c + h
+        assert word >> (4 * (4 * h + 2 * b + c)) & 15 == (codes[column, row] if column < k else 0)
+        meta = int(weight.meta[row // 16, chunk, row % 8 * 2 + row % 16 // 8])
+        assert meta & 255 == zeros[chunk, row]
+    assert not weight.meta[1, :, 8::2].any(), "rows past the end"
 
 
 # With minimums, and in 8 bits
@@ -343,20 +392,20 @@ def test_dequantized_with_minimums(
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("bits", "group"), BITS_AND_GROUPS)
 @pytest.mark.parametrize(
-    ("tokens", "n", "k", "bias"),
+    ("bits", "group", "tokens", "n", "k", "bias"),
     [
-        (1, 48, 256, True),
-        (1, 20, 896, False),
-        (1, 24, 3584, False),
-        (1, 18, 1152, True),
-        (1, 16, 4864, False),
-        (2, 42, 160, True),
-        (16, 48, 896, False),
-        (33, 130, 1024, True),
-        (100, 64, 3584, False),
-        (300, 40, 256, True),
+        (4, 32, 1, 48, 256, True),
+        (8, 32, 1, 20, 896, False),
+        (8, 16, 1, 18, 1152, True),
+        (4, 32, 2, 42, 160, True),
+        (8, 16, 7, 32, 4864, True),
+        (8, 32, 9, 32, 1152, False),
+        (8, 16, 16, 48, 896, False),
+        (4, 32, 27, 32, 1152, False),
+        (4, 32, 33, 130, 1024, True),
+        (8, 16, 100, 64, 3584, False),
+        (8, 32, 300, 40, 256, True),
     ],
 )
 def test_products_with_minimums(

@@ -1,16 +1,20 @@
 """Products with weights of 4-bit integers in groups, ``w = (q - zero) * scale``; or ``w = q * scale + minimum``, 4 bits or 8.
 
-AWQ's and GPTQ's layouts are taken apart once, at load, into plain codes, and put together again in one of ours: 32-bit words
-of eight codes, rows of the weight contiguous. A chunk of 256 inputs is 32 words; code ``j`` (bits ``4 j``) of a chunk's word
-``i`` is that of input ``32 j + i``, so that threads that read neighbouring words need neighbouring inputs. A group's scale and
-zero share a word: a float32 scale whose low 8 bits (which scales stored in 16 bits do not use) are the zero.
+AWQ's and GPTQ's layouts are taken apart once, at load, into plain codes, and put together again in one of ours, made for the
+left operand of the tensor cores' 16 x 8 x 16 product. A block is 16 rows of 128 inputs: 16 words of eight codes a row. Word
+``4 t + j`` of a row is for the thread that holds columns ``2 t``, ``2 t + 1`` and these plus 8 of two such products: code
+``4 h + 2 b + c`` (its bits ``4 (4 h + 2 b + c)``) is that of input ``32 j + 16 b + 4 t + 2 c + h``. So a warp reads a block as
+1 KiB in a row, a thread's words become its part of the operand with two codes an instruction (those 16 bits apart), and it needs
+four neighbouring inputs for a product of 16.
 
-Weights with minimums (GGUF's) keep the scale and the minimum as float16 in that word. Their codes may have 8 bits: four a
-word, chunks of 128 inputs. Such a code is signed and stored with 128 added.
+A group's scale and zero share a word: a float32 scale whose low 8 bits (which scales stored in 16 bits do not use) are the zero.
+Weights with minimums (GGUF's) keep the scale and the minimum as float16 in that word. Their codes may have 8 bits, stored with
+128 added: a block of the high four bits, then one of the low.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +24,7 @@ from torch import Tensor
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.norm import rms_norm
 
-CHUNK = 256  # inputs of 32 words of 4-bit codes
+ROWS, CHUNK = 16, 128  # rows and inputs of a block
 # AutoAWQ's order: where in a run of eight outputs the code of each bit position belongs.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # More tokens than this: a whole weight is dequantized and cuBLAS multiplies.
@@ -29,8 +33,10 @@ MAX_FUSED_ROWS = 256
 
 @dataclass(slots=True)
 class Int4Weight:
-    """A weight ``[n, k]``: ``words`` int32 ``[n, K bits / 32]``, ``meta`` int32 ``[n, K / group]``, K being k rounded up to chunks.
+    """A weight ``[n, k]`` in T tiles of 16 rows and C chunks of 128 inputs, both rounded up.
 
+    ``words`` int32 ``[T, C, bits / 4, 16, 16]``: blocks. ``meta`` int32 ``[T, 128 C / group, 16]``: scales and zeros of a tile's
+    rows, ``2 g + h`` that of row ``g + 8 h``.
     ``order`` int64 ``[k]``: the inputs' order in the weight where it is not the layer's own (GPTQ's act-order).
     ``minimums``: ``meta`` holds them instead of zeros. ``bits`` is 8, and ``group`` 16, only with them.
     """
@@ -43,11 +49,6 @@ class Int4Weight:
     order: Tensor | None = None
     minimums: bool = False
     bits: int = 4
-
-    @property
-    def chunk(self) -> int:
-        """Inputs of 32 words."""
-        return 1024 // self.bits
 
     @property
     def num_bytes(self) -> int:
@@ -94,10 +95,8 @@ def pack_int4(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, order: T
         own, repeats = 128, -(-k // 128)
     else:
         own, repeats = min(group, 128), max(1, group // 128)
-    padded = -(-k // CHUNK) * CHUNK
     meta = pack_meta(scales.t(), zeros.t()).repeat_interleave(repeats, 1)
-    meta = F.pad(meta[:, : padded // own], (0, max(0, padded // own - meta.shape[1])))
-    return Int4Weight(_pack_words(codes.t(), 4), meta.contiguous(), n, k, own, order)
+    return Int4Weight(_pack_words(codes.t(), 4), _pack_groups(meta, k, own), n, k, own, order)
 
 
 def pack_with_minimums(codes: Tensor, scales: Tensor, minimums: Tensor, group: int, bits: int) -> Int4Weight:
@@ -110,23 +109,51 @@ def pack_with_minimums(codes: Tensor, scales: Tensor, minimums: Tensor, group: i
     """
     n, k = codes.shape
     meta = torch.stack((scales, minimums), -1).half().view(torch.int32).squeeze(-1)
-    padded = -(-k // (1024 // bits)) * (1024 // bits)
-    meta = F.pad(meta, (0, (padded - k) // group))
     if bits == 8:
         codes = codes.view(torch.uint8) ^ 0x80
-    return Int4Weight(_pack_words(codes, bits), meta.contiguous(), n, k, group, None, True, bits)
+    return Int4Weight(_pack_words(codes, bits), _pack_groups(meta, k, group), n, k, group, None, True, bits)
 
 
 def _pack_words(codes: Tensor, bits: int) -> Tensor:
-    """``[N, K]`` -> int32 ``[N, words]``, inputs padded with zeros to whole chunks."""
+    """uint8 ``[N, K]`` -> int32 ``[T, C, bits / 4, 16, 16]``, rows and inputs padded with zeros to whole blocks."""
     n, k = codes.shape
-    per_word, chunk = 32 // bits, 1024 // bits
-    padded = -(-k // chunk) * chunk
-    rows = F.pad(codes, (0, padded - k)).reshape(n, -1, per_word, 32)
-    words = torch.zeros(n, padded // chunk, 32, dtype=torch.int32, device=codes.device)
-    for j in range(per_word):
-        words |= rows[:, :, j].to(torch.int32) << (bits * j)
-    return words.flatten(1)
+    tiles, chunks = -(-n // ROWS), -(-k // CHUNK)
+    blocks = F.pad(codes, (0, chunks * CHUNK - k, 0, tiles * ROWS - n)).view(
+        tiles, ROWS, chunks, 4, 2, 4, 2, 2
+    )
+    words = torch.zeros(tiles, chunks, bits // 4, ROWS, 4, 4, dtype=torch.int32, device=codes.device)
+    for plane in range(bits // 4):
+        for b, c, h in itertools.product(range(2), repeat=3):
+            part = blocks[:, :, :, :, b, :, c, h].permute(0, 2, 1, 4, 3).to(torch.int32)  # [T, C, row, t, j]
+            part = part >> (bits - 4 - 4 * plane) & 15
+            words[:, :, plane] |= part << (4 * (4 * h + 2 * b + c))
+    return words.flatten(4)
+
+
+def _unpack_words(words: Tensor) -> Tensor:
+    """The inverse: uint8 ``[16 T, 128 C]``."""
+    tiles, chunks, planes = words.shape[:3]
+    codes = torch.zeros(tiles * ROWS, chunks * CHUNK, dtype=torch.uint8, device=words.device)
+    for plane in range(planes):
+        split = unpack_bits(words[:, :, plane].reshape(-1, 1), 4)
+        split = split.view(tiles, chunks, ROWS, 4, 4, 2, 2, 2)  # t, j, h, b, c
+        part = split.permute(0, 2, 1, 4, 6, 3, 7, 5).reshape(codes.shape)
+        codes = codes << 4 | part
+    return codes
+
+
+def _pack_groups(meta: Tensor, k: int, group: int) -> Tensor:
+    """int32 ``[N, G]`` -> ``[T, 128 C / group, 16]``; what is padded is zero, and so are its weights."""
+    n, found = meta.shape
+    tiles, wanted = -(-n // ROWS), -(-k // CHUNK) * (CHUNK // group)
+    meta = F.pad(meta[:, :wanted], (0, max(0, wanted - found), 0, tiles * ROWS - n))
+    return meta.view(tiles, 2, 8, wanted).permute(0, 3, 2, 1).reshape(tiles, wanted, ROWS).contiguous()
+
+
+def _unpack_groups(meta: Tensor) -> Tensor:
+    """The inverse: int32 ``[16 T, G]``."""
+    tiles, groups = meta.shape[:2]
+    return meta.view(tiles, groups, 8, 2).permute(0, 3, 2, 1).reshape(tiles * ROWS, groups)
 
 
 def pack_meta(scales: Tensor, zeros: Tensor) -> Tensor:
@@ -137,15 +164,14 @@ def pack_meta(scales: Tensor, zeros: Tensor) -> Tensor:
 
 def dequantize_int4_reference(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """``[n, k]`` in ``dtype``, inputs in the weight's order."""
-    codes = unpack_bits(weight.words.view(-1, 32), weight.bits)
-    codes = codes.permute(0, 2, 1).reshape(weight.n, -1)
+    codes, meta = _unpack_words(weight.words)[: weight.n], _unpack_groups(weight.meta)[: weight.n]
     if weight.minimums:
-        pairs = weight.meta.view(torch.float16).view(weight.n, -1, 2).float()
+        pairs = meta.contiguous().view(torch.float16).view(weight.n, -1, 2).float()
         scales, minimums = pairs.repeat_interleave(weight.group, 1).unbind(-1)
         wide = (codes.float() - (128 if weight.bits == 8 else 0)) * scales + minimums
         return wide[:, : weight.k].to(dtype).contiguous()
-    scales = (weight.meta & ~0xFF).view(torch.float32).repeat_interleave(weight.group, 1)
-    zeros = (weight.meta & 0xFF).repeat_interleave(weight.group, 1)
+    scales = (meta & ~0xFF).view(torch.float32).repeat_interleave(weight.group, 1)
+    zeros = (meta & 0xFF).repeat_interleave(weight.group, 1)
     wide = (codes.float() - zeros.float()) * scales
     return wide[:, : weight.k].to(dtype).contiguous()
 
@@ -177,20 +203,19 @@ def int4_linear(
         gated: gates are the first half of the weight's rows; the result is ``[T, n / 2]``.
         residual: ``[T, n]``, written in place and returned.
     """
-    if x.is_cuda and x.shape[0] <= MAX_FUSED_ROWS and x.dtype in (torch.bfloat16, torch.float16):
-        from kubeinfer.kernels.triton_int4 import MAX_VECTOR_ROWS, int4_vector_triton
+    if x.is_cuda and 0 < x.shape[0] <= MAX_FUSED_ROWS and x.dtype in (torch.bfloat16, torch.float16):
+        from kubeinfer.kernels.triton_int4 import few_config, int4_few_triton
         from kubeinfer.kernels.triton_int4_dot import int4_dot_triton
 
-        if 0 < x.shape[0] <= MAX_VECTOR_ROWS:
-            if weight.order is None:
-                return int4_vector_triton(x, weight, bias, norm_weight, eps, gated, residual)
-            if norm_weight is not None:
-                x = rms_norm(x, norm_weight, eps)
-            x = x.index_select(1, weight.order)
-            return int4_vector_triton(x, weight, bias, None, 0.0, gated, residual)
-        if x.shape[0] > 0:
-            y = int4_dot_triton(_prepared(x, weight, norm_weight, eps), weight, bias)
-            return _finished(y, gated, residual)
+        config = few_config(x, weight, gated)
+        if config is not None:
+            # In float16 the norm's weights times inputs that are not yet normed could overflow.
+            if norm_weight is not None and weight.order is None and x.dtype == torch.bfloat16:
+                return int4_few_triton(x, weight, bias, norm_weight, eps, gated, residual, config)
+            x = _prepared(x, weight, norm_weight, eps)
+            return int4_few_triton(x, weight, bias, None, 0.0, gated, residual, config)
+        y = int4_dot_triton(_prepared(x, weight, norm_weight, eps), weight, bias)
+        return _finished(y, gated, residual)
     y = F.linear(_prepared(x, weight, norm_weight, eps), dequantize_int4(weight, x.dtype), bias)
     return _finished(y, gated, residual)
 

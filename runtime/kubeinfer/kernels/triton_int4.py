@@ -1,18 +1,26 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-# mypy: disable-error-code="assignment,misc"
+# mypy: disable-error-code="assignment,misc,var-annotated"
 # ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
-"""Triton kernel of `kubeinfer.kernels.int4`: one token, as fast as the weights are read.
+"""Triton kernel of `kubeinfer.kernels.int4` for few tokens: tensor cores, as fast as the weights are read.
 
-A code becomes a number without a conversion: left in the mantissa of a float32 with an exponent by which its place counts
-one, it is that number plus a constant (128, 2,048 or 32,768, by the place). The constant and the zero leave the sum of a group at
-once: ``sum (c + q - c - z) x = sum (c + q) x - sum c x - z sum x``, where all but the first term do not depend on the row.
+What bounds such a kernel on a fast memory is its instructions. Here a code costs seven eighths of a logic instruction: two codes
+a time are put into the mantissas of two 16-bit numbers, which are then multiplied by the tensor cores. In bfloat16 these are
+128 + q; what that and the group's zero add up to leaves at the group's end, as so many times the sum of the inputs, which is a
+product on the tensor cores as well. (float16 would lose bits to its 1,024, which are subtracted before.) Weights are the
+left operand and the tokens, padded to eight, the right one. The blocks of `kubeinfer.kernels.int4` are such that every thread
+reads its own part of the operands and nothing is moved between threads before the sums at the end.
 
-Constants of all kernels: CODES of a word (8, or 4 of 8 bits), GROUPS of a chunk of 32 words, MINIMUMS instead of zeros.
+For that the kernel is written thread by thread: all tensors before the end are ``[32 warps]``, an element a thread, and the
+tensor cores are called with inline assembly. The warps of a program share its rows and take the chunks of inputs in turns.
+
+A thread's place in its warp is ``4 g + t``: of the weights it holds rows ``g`` and ``g + 8`` of a tile, of the inputs those of
+token ``g``, of the sums rows ``g`` and ``g + 8`` for the tokens ``2 t`` and ``2 t + 1``.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,19 +29,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
-from kubeinfer.kernels.int4 import CHUNK, Int4Weight
+from kubeinfer.kernels.int4 import ROWS, Int4Weight
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
-from kubeinfer.kernels.triton_linear import Config
+from kubeinfer.kernels.triton_mma import add_squares, codes, from_thread, load2, load4, mma, times
 
-# The most tokens of the kernel without tensor cores: with more its instructions, not the weights' bytes, take the time.
-MAX_VECTOR_ROWS = 1
-_MOST_RUNS = 8  # that `_columns` joins
+MAX_ROWS = 32
 # Warps that keep the memory of a large GPU busy.
-_ENOUGH_WARPS = 1600
-
-# Bits of the float32 numbers 128, 2,048 and 32,768, whose mantissas' places 2^16, 2^12 and 2^8 count one. Kernels get them as
-# arguments, which keeps them in registers: with two constants in it, a masking and an or would be two instructions.
-_EXPONENTS = (0x43000000, 0x45000000, 0x47000000)
+_ENOUGH_WARPS = 2000
+# Tiles and groups that a warp takes in a program without a loop: of more the compiler asks for too many at once.
+_MOST_UNROLLED = 16
 
 
 @triton.jit
@@ -45,193 +49,159 @@ def split_meta(meta):
 
 
 @triton.jit
-def _byte(words, J: tl.constexpr, at8):
-    """fp32 of byte ``J`` of each word, plus 32,768."""
-    if J == 0:
-        moved = words << 8
-    else:
-        moved = words >> (8 * J - 8)
-    return ((moved & 0xFF00) | at8).to(tl.float32, bitcast=True)
+def _add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
 
 
 @triton.jit
-def _number(words, J: tl.constexpr, at16, at12, at8):
-    """fp32 of 4-bit code ``J`` of each word, plus the number of its place."""
-    if J < 2:
-        moved = words << 12
-    elif J < 5:
-        moved = words
-    else:
-        moved = words >> 12
-    if J % 3 == 2:
-        bits = (moved & 0xF00) | at8
-    elif J % 3 == 0:
-        bits = (moved & 0xF000) | at12
-    else:
-        bits = (moved & 0xF0000) | at16
-    return bits.to(tl.float32, bitcast=True)
+def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit
-def _four(x, WIDTH: tl.constexpr):
-    """Sums over the four neighbours that one thread holds."""
-    return tl.sum(tl.reshape(x, [WIDTH // 4, 4]), 1)
-
-
-@triton.jit
-def _columns(values, ROWS: tl.constexpr, LENGTH: tl.constexpr):
-    """``ROWS`` tensors ``[LENGTH]`` as the columns of one."""
-    if ROWS == 1:
-        return tl.reshape(values[0], [LENGTH, 1])
-    elif ROWS == 2:
-        return tl.join(values[0], values[1])
-    elif ROWS == 4:
-        four = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
-        return tl.reshape(four, [LENGTH, 4])
+def _sum_of_warps(values, WARPS: tl.constexpr):
+    """``[32]`` of each of four (or two) tensors ``[32 WARPS]``: what the warps' threads of one place have together."""
+    parts = ()
+    for i in tl.static_range(len(values)):
+        parts = parts + (tl.reshape(values[i], [WARPS, 32]),)
+    if len(values) == 4:
+        sums = tl.reduce(parts, 0, _add4)
     else:
-        even = tl.join(tl.join(values[0], values[4]), tl.join(values[2], values[6]))
-        odd = tl.join(tl.join(values[1], values[5]), tl.join(values[3], values[7]))
-        return tl.reshape(tl.join(even, odd), [LENGTH, 8])
+        sums = tl.reduce(parts, 0, _add2)
+    return sums
 
 
 @triton.jit
-def _load_words(
-    words_ptr, rows, beside, start,
-    WORDS: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, EVEN_K: tl.constexpr,
+def _fetch(
+    words_at, meta_at, step, inside, GROUP: tl.constexpr, PLANES: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A run of ``SPAN`` words of each of ``rows``, and where HALVES is 2 of those ``beside`` them; zeros past the end."""
-    lanes = tl.arange(0, SPAN * HALVES)
-    within = start + lanes % SPAN
-    at = (lanes // SPAN) * (beside * WORDS) + within
+    """Words (of each tile: of each plane, four of row g and four of row g + 8) and scales of a chunk."""
+    words = ()
+    metas = ()
+    for r in tl.static_range(len(words_at)):
+        at = words_at[r] + step * (WARPS * PLANES * 256)
+        for half in tl.static_range(2 * PLANES):
+            words = words + load4(at + half * 128, inside, EVEN)
+    for r in tl.static_range(len(words_at)):
+        at = meta_at[r] + step * (WARPS * (128 // GROUP) * 16)
+        for i in tl.static_range(128 // GROUP):
+            metas = metas + load2(at + i * 16, inside, EVEN)
+    return words, metas
+
+
+@triton.jit
+def _inputs(
+    at, step, p: tl.constexpr, left, inside, K: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr
+):
+    """Of a chunk's product ``p`` of 16: of each of the pointers ``at`` two words of two inputs; zeros past the ``left`` ones."""
+    if K % 128 != 0:
+        inside = (step * (WARPS * 128) + p * 16 < left).to(tl.int32)
     found = ()
-    for r in tl.static_range(len(rows)):
-        where = words_ptr + rows[r].to(tl.int64) * WORDS + at
-        if EVEN_K:
-            found = found + (tl.load(where, eviction_policy="evict_first"),)
-        else:
-            found = found + (tl.load(where, mask=within < WORDS, other=0, eviction_policy="evict_first"),)
+    for i in tl.static_range(len(at)):
+        found = found + load2(at[i] + step * (WARPS * 128) + p * 16, inside, EVEN)
     return found
 
 
 @triton.jit
-def _load_meta(
-    meta_ptr, rows, beside, start,
-    WORDS: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, CODES: tl.constexpr, GROUPS: tl.constexpr,
-    EVEN_K: tl.constexpr,
+def _chunk(
+    words, metas, xs, norms, x_at, norm_at, step, left, inside, totals, squares,
+    K: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, MINIMUMS: tl.constexpr, NORM: tl.constexpr,
+    TILES: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr, AHEAD: tl.constexpr,
+    MORE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Scale and zero of each run of four words, for each group that it has codes of and each of ``rows``."""
-    STRIDE: tl.constexpr = WORDS // 32 * GROUPS
-    SIDES: tl.constexpr = (
-        2 if GROUPS > CODES else 1
-    )  # groups of 16: the words' first and second half have their own
-    lanes = tl.arange(0, SPAN * HALVES // 4)
-    within = start + 4 * (lanes % (SPAN // 4))
-    at = (lanes // (SPAN // 4)) * (beside * STRIDE) + (within // 32) * GROUPS
-    if SIDES == 2:
-        at += within % 32 // 16
-    found = ()
-    for h in tl.static_range(GROUPS // SIDES):
-        for r in tl.static_range(len(rows)):
-            where = meta_ptr + rows[r] * STRIDE + at + h * SIDES
-            if EVEN_K:
-                found = found + (tl.load(where),)
+    """Add a chunk's products to ``totals`` (four of each tile and eight tokens) and its inputs' to ``squares``.
+
+    Where AHEAD, ``xs`` and ``norms`` are the chunk's inputs, and if there is MORE those of the chunk ``step`` are returned; else
+    they are empty, and the chunk is ``step``.
+    """
+    PER: tl.constexpr = GROUP // 16  # products a group
+    # How much the numbers that are multiplied exceed the codes: 128 each in bfloat16, and 128 those of a high and a low plane.
+    OFFSET: tl.constexpr = (128.0 if BF16 else 0.0) * (17 if PLANES == 2 else 1) + (
+        128.0 if PLANES == 2 else 0.0
+    )
+    nothing = tl.zeros([words[0].shape[0]], tl.float32)
+    one = tl.full([words[0].shape[0]], 0x3F803F80 if BF16 else 0x3C003C00, tl.int32)
+    for group in tl.static_range(8 // PER):
+        sums = ()
+        accs = ()
+        for _ in tl.static_range(TOKENS):
+            sums = sums + (nothing, nothing, nothing, nothing)
+        for _ in tl.static_range(TILES * PLANES * TOKENS):
+            accs = accs + (nothing, nothing, nothing, nothing)
+        for p in tl.static_range(group * PER, group * PER + PER):
+            if AHEAD:
+                x, norm = xs[: 2 * TOKENS], norms[:2]
+                xs, norms = xs[2 * TOKENS :], norms[2:]
+                if MORE:
+                    xs = xs + _inputs(x_at, step, p, left, inside, K, WARPS, EVEN)
+                if MORE and NORM:
+                    norms = norms + _inputs(norm_at, step, p, left, inside, K, WARPS, EVEN)
             else:
-                found = found + (tl.load(where, mask=within < WORDS, other=0),)
-    return found
-
-
-@triton.jit
-def _step(
-    words, metas, x_ptr, norm_ptr, start, sums, squares, at16, at12, at8,
-    M: tl.constexpr, K: tl.constexpr, STRIDE_X: tl.constexpr, NORM: tl.constexpr, CODES: tl.constexpr, GROUPS: tl.constexpr,
-    MINIMUMS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, HALVES: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Add a tile's products to ``sums`` (token by token, each row's), and the inputs' squares to ``squares``."""
-    WIDTH: tl.constexpr = SPAN * HALVES
-    SETS: tl.constexpr = min(CODES, GROUPS)
-    PER: tl.constexpr = CODES // SETS
-    lanes = tl.arange(0, WIDTH)
-    column = start * CODES + (lanes // 32) % (SPAN // 32) * (32 * CODES) + lanes % 32
-    for h in tl.static_range(SETS):
-        numbers = ()
-        for i in tl.static_range(PER):
-            for r in tl.static_range(ROWS):
-                if CODES == 8:
-                    numbers = numbers + (_number(words[r], h * PER + i, at16, at12, at8),)
-                else:
-                    numbers = numbers + (_byte(words[r], h * PER + i, at8),)
-        for m in tl.static_range(M):
-            plain8 = tl.zeros([WIDTH], tl.float32)
-            plain12 = tl.zeros([WIDTH], tl.float32)
-            plain16 = tl.zeros([WIDTH], tl.float32)
-            square = tl.zeros([WIDTH], tl.float32)
-            products = ()
-            for i in tl.static_range(PER):
-                k = column + (h * PER + i) * 32
-                if EVEN:
-                    x = tl.load(x_ptr + m * STRIDE_X + k).to(tl.float32)
-                else:
-                    x = tl.load(x_ptr + m * STRIDE_X + k, mask=k < K, other=0.0).to(tl.float32)
+                x = _inputs(x_at, step, p, left, inside, K, WARPS, EVEN)
                 if NORM:
-                    square += x * x
-                    if EVEN:
-                        x = x * tl.load(norm_ptr + k).to(tl.float32)
-                    else:
-                        x = x * tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-                if CODES == 4 or (h * PER + i) % 3 == 2:
-                    plain8 += x
-                elif (h * PER + i) % 3 == 0:
-                    plain12 += x
-                else:
-                    plain16 += x
-                for r in tl.static_range(ROWS):
-                    if i == 0:
-                        products = products + (numbers[r] * x,)
-                    else:
-                        products = (
-                            products[:r] + (products[r] + numbers[i * ROWS + r] * x,) + products[r + 1 :]
-                        )
-            if CODES == 8:
-                sum8, sum12, sum16 = _four(plain8, WIDTH), _four(plain12, WIDTH), _four(plain16, WIDTH)
-                plain = sum8 + sum12 + sum16
-                shifted = 32768.0 * sum8 + 2048.0 * sum12 + 128.0 * sum16
-            else:
-                plain = _four(plain8, WIDTH)
-                shifted = (32768.0 + 128.0) * plain
-            if NORM:
-                squares = squares[:m] + (squares[m] + _four(square, WIDTH),) + squares[m + 1 :]
-            for r in tl.static_range(ROWS):
-                meta = metas[h * ROWS + r]
-                left = _four(products[r], WIDTH) - shifted
+                    norm = _inputs(norm_at, step, p, left, inside, K, WARPS, EVEN)
+            inputs = ()
+            for i in tl.static_range(TOKENS):
+                b0, b1 = x[2 * i], x[2 * i + 1]
+                if NORM:
+                    square = add_squares(b0, b1, squares[8 * i : 8 * i + 8])
+                    squares = squares[: 8 * i] + square + squares[8 * i + 8 :]
+                    b0, b1 = times(b0, norm[0]), times(b1, norm[1])
+                found = mma(one, one, one, one, b0, b1, sums[4 * i : 4 * i + 4], BF16)
+                sums = sums[: 4 * i] + found + sums[4 * i + 4 :]
+                inputs = inputs + (b0, b1)
+            for r in tl.static_range(TILES * PLANES):
+                word0 = words[r * 8 + p // 2]
+                word1 = words[r * 8 + 4 + p // 2]
+                a0 = codes(word0 >> (p % 2 * 8), BF16)
+                a1 = codes(word1 >> (p % 2 * 8), BF16)
+                a2 = codes(word0 >> (p % 2 * 8 + 4), BF16)
+                a3 = codes(word1 >> (p % 2 * 8 + 4), BF16)
+                for i in tl.static_range(TOKENS):
+                    acc = accs[(r * TOKENS + i) * 4 : (r * TOKENS + i) * 4 + 4]
+                    acc = mma(a0, a1, a2, a3, inputs[2 * i], inputs[2 * i + 1], acc, BF16)
+                    accs = accs[: (r * TOKENS + i) * 4] + acc + accs[(r * TOKENS + i) * 4 + 4 :]
+        for r in tl.static_range(TILES):
+            scales = ()
+            apart = ()  # what a group's inputs count besides, in the unit of the codes where these have zeros
+            for half in tl.static_range(2):
+                meta = metas[2 * (r * (8 // PER) + group) + half]
                 if MINIMUMS:
                     scale, minimum = split_meta(meta)
-                    total = sums[m * ROWS + r] + scale * left + minimum * plain
+                    apart = apart + (minimum - scale * OFFSET,)
                 else:
                     scale = (meta & -256).to(tl.float32, bitcast=True)
-                    zero = (meta & 255).to(tl.float32)
-                    total = sums[m * ROWS + r] + scale * (left - zero * plain)
-                sums = sums[: m * ROWS + r] + (total,) + sums[m * ROWS + r + 1 :]
-    return sums, squares
+                    apart = apart + (-OFFSET - (meta & 255).to(tl.float32),)
+                scales = scales + (scale,)
+            for i in tl.static_range(4 * TOKENS):
+                acc = accs[r * PLANES * 4 * TOKENS + i]
+                if PLANES == 2:
+                    acc = acc * 16.0 + accs[(r * 2 + 1) * 4 * TOKENS + i]
+                total = totals[r * 4 * TOKENS + i]
+                if MINIMUMS:
+                    total += acc * scales[i % 4 // 2]
+                    total += sums[i] * apart[i % 4 // 2]
+                else:
+                    total += (acc + sums[i] * apart[i % 4 // 2]) * scales[i % 4 // 2]
+                totals = totals[: r * 4 * TOKENS + i] + (total,) + totals[r * 4 * TOKENS + i + 1 :]
+    return totals, squares, xs, norms
 
 
-@triton.jit(do_not_specialize=["n", "eps", "at16", "at12", "at8"])
-def _vector_kernel(
+@triton.jit(do_not_specialize=["m", "n", "eps"])
+def _few_kernel(
     x_ptr,
     norm_ptr,
     words_ptr,
     meta_ptr,
     bias_ptr,
     out_ptr,
+    m,
     n,
     eps,
-    at16,
-    at12,
-    at8,
-    M: tl.constexpr,
     K: tl.constexpr,
-    WORDS: tl.constexpr,
-    CODES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PLANES: tl.constexpr,
     MINIMUMS: tl.constexpr,
     STRIDE_X: tl.constexpr,
     STRIDE_OUT: tl.constexpr,
@@ -239,150 +209,194 @@ def _vector_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPAN: tl.constexpr,
-    HALVES: tl.constexpr,
+    TILES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # Of a gated layer a program has gate and up rows in turns, BLOCK_N of each. Where HALVES is 2 a run of words is half of a
-    # row's and half of the next's: for inputs that whole runs of one row would not fit well.
-    ROWS: tl.constexpr = (BLOCK_N * 2 if GATED else BLOCK_N) // HALVES
-    STEPS: tl.constexpr = (WORDS + SPAN - 1) // SPAN
-    EVEN_K: tl.constexpr = WORDS % SPAN == 0
-    LANES: tl.constexpr = SPAN * HALVES // 4
-    EVEN: tl.constexpr = EVEN_K and K == WORDS * CODES
-    first = tl.program_id(0) * BLOCK_N
-    rows = ()
-    for r in tl.static_range(ROWS):
-        # Past the last row it is read again, and nothing of it is kept.
-        if GATED and HALVES == 2:
-            rows = rows + (tl.minimum(first + r, n - 1),)
-        elif GATED:
-            rows = rows + (tl.minimum(first + r // 2, n - 1) + (r % 2) * n,)
-        else:
-            rows = rows + (tl.minimum(first + r * HALVES, n - HALVES),)
-    beside = n if GATED else 1
-
-    tiles = ()
-    metas = ()
-    for i in tl.static_range(DEPTH):
-        tiles = tiles + (_load_words(words_ptr, rows, beside, i * SPAN, WORDS, SPAN, HALVES, EVEN_K),)
-        metas = metas + (
-            _load_meta(meta_ptr, rows, beside, i * SPAN, WORDS, SPAN, HALVES, CODES, GROUPS, EVEN_K),
+    # A program has TILES tiles of rows, of a gated layer first TILES / 2 of gates and then theirs of the other half.
+    OWN: tl.constexpr = TILES // 2 if GATED else TILES
+    STEPS: tl.constexpr = (CHUNKS + WARPS - 1) // WARPS
+    EVEN: tl.constexpr = CHUNKS % WARPS == 0
+    EVEN_K: tl.constexpr = EVEN and K % 128 == 0
+    # Inputs are asked for a chunk ahead, but of many tokens, for which there are no registers; weights DEPTH chunks.
+    AHEAD: tl.constexpr = TOKENS <= 2
+    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    threads = tl.arange(0, 32 * WARPS)
+    warp = threads // 32
+    place = threads % 32
+    last = (n + 15) // 16 - 1
+    words_at = ()
+    meta_at = ()
+    for r in tl.static_range(TILES):
+        # Past the last tile it is read again, and nothing of it is kept.
+        tile = tl.minimum(tl.program_id(0) * OWN + r % OWN, last)
+        if r >= OWN:
+            tile += n // 16
+        tile = tile.to(tl.int64)
+        words_at = words_at + (
+            words_ptr + tile * (CHUNKS * PLANES * 256) + warp * (PLANES * 256) + place * 4,
         )
-    own = first + tl.arange(0, BLOCK_N)
-    if HAS_BIAS:
-        if GATED:
-            tile = tl.arange(0, 2 * BLOCK_N)
-            column = first + tile // 2
-            bias = tl.load(bias_ptr + column + (tile % 2) * n, mask=column < n, other=0.0).to(tl.float32)
-        else:
-            bias = tl.load(bias_ptr + own, mask=own < n, other=0.0).to(tl.float32)
+        meta_at = meta_at + (
+            meta_ptr + tile * (CHUNKS * (128 // GROUP) * 16) + warp * (128 // GROUP * 16) + place // 4 * 2,
+        )
+    first = warp * 128 + place % 4 * 4  # of the thread's inputs
+    x_at = ()
+    for i in tl.static_range(TOKENS):
+        token = tl.minimum(place // 4 + 8 * i, m - 1).to(tl.int64)
+        x_at = x_at + (x_ptr + token * STRIDE_X + first,)
+    norm_at = (norm_ptr + first,)
+
+    words = ()
+    metas = ()
+    for s in tl.static_range(DEPTH):
+        inside = (warp + s * WARPS < CHUNKS).to(tl.int32)
+        fetched = _fetch(words_at, meta_at, s, inside, GROUP, PLANES, WARPS, EVEN and s < STEPS)
+        words = words + (fetched[0],)
+        metas = metas + (fetched[1],)
+    xs = ()
+    norms = ()
+    inside = (warp < CHUNKS).to(tl.int32)
+    left = K - first
+    if NORM and AHEAD:
+        for p in tl.static_range(8):
+            norms = norms + _inputs(norm_at, 0, p, left, inside, K, WARPS, EVEN_K)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if AHEAD:
+        for p in tl.static_range(8):
+            xs = xs + _inputs(x_at, 0, p, left, inside, K, WARPS, EVEN_K)
 
-    sums = ()
+    nothing = tl.zeros([32 * WARPS], tl.float32)
+    totals = ()
     squares = ()
-    for _ in tl.static_range(M):
-        squares = squares + (tl.zeros([LANES], tl.float32),)
-        for _ in tl.static_range(ROWS):
-            sums = sums + (tl.zeros([LANES], tl.float32),)
+    for _ in tl.static_range(4 * TOKENS):
+        squares = squares + (nothing, nothing)
+        for _ in tl.static_range(TILES):
+            totals = totals + (nothing,)
     if UNROLL:
-        for i in tl.static_range(STEPS):
-            words = tiles[0]
-            meta = metas[0]
-            tiles = tiles[1:]
-            metas = metas[1:]
-            if i + DEPTH < STEPS:
-                tiles = tiles + (
-                    _load_words(words_ptr, rows, beside, (i + DEPTH) * SPAN, WORDS, SPAN, HALVES, EVEN_K),
-                )
-                metas = metas + (
-                    _load_meta(
-                        meta_ptr, rows, beside, (i + DEPTH) * SPAN, WORDS, SPAN, HALVES, CODES, GROUPS, EVEN_K
-                    ),
-                )
-            sums, squares = _step(
-                words, meta, x_ptr, norm_ptr, i * SPAN, sums, squares, at16, at12, at8,
-                M, K, STRIDE_X, NORM, CODES, GROUPS, MINIMUMS, ROWS, SPAN, HALVES, EVEN,
+        for s in tl.static_range(STEPS):
+            inside = (warp + (s + AHEAD) * WARPS < CHUNKS).to(tl.int32)
+            totals, squares, xs, norms = _chunk(
+                words[0], metas[0], xs, norms, x_at, norm_at, s + AHEAD, left, inside, totals, squares,
+                K, GROUP, PLANES, MINIMUMS, NORM, TILES, TOKENS, WARPS, BF16, AHEAD, s + 1 < STEPS, EVEN_K,
             )  # fmt: skip
+            words, metas = words[1:], metas[1:]
+            if s + DEPTH < STEPS:
+                inside = (warp + (s + DEPTH) * WARPS < CHUNKS).to(tl.int32)
+                fetched = _fetch(words_at, meta_at, s + DEPTH, inside, GROUP, PLANES, WARPS, EVEN)
+                words = words + (fetched[0],)
+                metas = metas + (fetched[1],)
     else:
-        for start in range(0, WORDS, SPAN):
-            words = tiles[0]
-            meta = metas[0]
-            # Past the end nothing is fetched.
-            tiles = tiles[1:] + (
-                _load_words(words_ptr, rows, beside, start + DEPTH * SPAN, WORDS, SPAN, HALVES, False),
-            )
-            metas = metas[1:] + (
-                _load_meta(
-                    meta_ptr, rows, beside, start + DEPTH * SPAN, WORDS, SPAN, HALVES, CODES, GROUPS, False
-                ),
-            )
-            sums, squares = _step(
-                words, meta, x_ptr, norm_ptr, start, sums, squares, at16, at12, at8,
-                M, K, STRIDE_X, NORM, CODES, GROUPS, MINIMUMS, ROWS, SPAN, HALVES, EVEN,
-            )  # fmt: skip
+        for start in range(0, STEPS, DEPTH):
+            for d in tl.static_range(DEPTH):
+                step = start + d
+                if AHEAD:
+                    step += 1
+                inside = (warp + step * WARPS < CHUNKS).to(tl.int32)
+                totals, squares, xs, norms = _chunk(
+                    words[d], metas[d], xs, norms, x_at, norm_at, step, left, inside, totals, squares,
+                    K, GROUP, PLANES, MINIMUMS, NORM, TILES, TOKENS, WARPS, BF16, AHEAD, True, False,
+                )  # fmt: skip
+                inside = (warp + (start + d + DEPTH) * WARPS < CHUNKS).to(tl.int32)
+                fetched = _fetch(words_at, meta_at, start + d + DEPTH, inside, GROUP, PLANES, WARPS, False)
+                words = words[:d] + (fetched[0],) + words[d + 1 :]
+                metas = metas[:d] + (fetched[1],) + metas[d + 1 :]
 
-    for m in tl.static_range(M):
-        columns = _columns(sums[m * ROWS : (m + 1) * ROWS], ROWS, LANES)
-        if HALVES == 1:
-            result = tl.sum(columns, 0)
-        else:
-            halves = tl.sum(tl.reshape(columns, [HALVES, LANES // HALVES, ROWS]), 1)
-            result = tl.reshape(tl.trans(halves), [ROWS * HALVES])
+    lanes = tl.arange(0, 32)
+    for i in tl.static_range(TOKENS):
+        factors = ()
         if NORM:
-            result = result * tl.rsqrt(tl.sum(squares[m], 0) / (K * HALVES) + eps)
-        if HAS_BIAS:
-            result += bias
-        if GATED:
-            gate, up = tl.split(tl.reshape(result, [BLOCK_N, 2]))
-            result = gate / (1.0 + tl.exp(-gate)) * up
-        target = out_ptr + m * STRIDE_OUT + own
-        if ADD:
-            result += tl.load(target, mask=own < n, other=0.0).to(tl.float32)
-        tl.store(target, result.to(out_ptr.dtype.element_ty), mask=own < n)
+            even = from_thread(squares[8 * i] + squares[8 * i + 6], place % 4 * 9)
+            odd = from_thread(squares[8 * i + 1] + squares[8 * i + 7], place % 4 * 9 + 4)
+            both = _sum_of_warps((even, odd), WARPS)
+            factors = (tl.rsqrt(both[0] / K + eps), tl.rsqrt(both[1] / K + eps))
+        sums = ()
+        for r in tl.static_range(TILES):
+            sums = sums + _sum_of_warps(totals[(r * TOKENS + i) * 4 : (r * TOKENS + i) * 4 + 4], WARPS)
+        for r in tl.static_range(OWN):
+            for e in tl.static_range(4):
+                row = (tl.program_id(0) * OWN + r) * 16 + e // 2 * 8 + lanes // 4
+                token = i * 8 + lanes % 4 * 2 + e % 2
+                inside = (row < n) & (token < m)
+                result = sums[r * 4 + e]
+                if NORM:
+                    result *= factors[e % 2]
+                if HAS_BIAS:
+                    result += tl.load(bias_ptr + row, mask=row < n, other=0.0).to(tl.float32)
+                if GATED:
+                    up = sums[(OWN + r) * 4 + e]
+                    if NORM:
+                        up *= factors[e % 2]
+                    if HAS_BIAS:
+                        up += tl.load(bias_ptr + n + row, mask=row < n, other=0.0).to(tl.float32)
+                    result = result / (1.0 + tl.exp(-result)) * up
+                target = out_ptr + token.to(tl.int64) * STRIDE_OUT + row
+                if ADD:
+                    result += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+                tl.store(target, result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-_VECTOR = Kernel(_vector_kernel)
+_FEW = Kernel(_few_kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Config:
+    """Tiles of 16 rows a program (of a gated layer's halves together), warps, chunks of a warp fetched ahead, most registers."""
+
+    tiles: int
+    num_warps: int
+    depth: int
+    registers: int = 0
+
+
+def layout(weight: Int4Weight) -> tuple[int, int, int, bool]:
+    """The kernels' CHUNKS, GROUP, PLANES and MINIMUMS."""
+    return weight.words.shape[1], weight.group, weight.bits // 4, weight.minimums
 
 
 @functools.cache
-def find_config(m: int, n: int, k: int, kind: str, chunk: int = CHUNK, minimums: bool = False) -> Config:
-    """Rows and words of a tile, warps and tiles fetched ahead; ``kind`` is ``plain`` or ``gated`` (two rows an output)."""
-    m = 1 << (m - 1).bit_length()
-    found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
-    most = 4 if minimums else 8  # runs a program: words and scales of all are in registers at once
-    if found is not None and not minimums:
-        return Config(**found)
-    words = triton.cdiv(k, chunk) * 32
-    programs = triton.cdiv(n * (2 if kind == "gated" else 1), 2 * most // m)
-    warps = 1
-    while warps < 4 and programs * warps < _ENOUGH_WARPS and 128 * warps <= words:
+def _has_tensor_cores() -> bool:
+    """Those whose product of 16 x 8 x 16 is used here, of Ampere and later. (In the interpreter there is no GPU to ask.)"""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | None:
+    """How `int4_few_triton` computes it; None where it has no kernel or another is faster."""
+    if x.shape[0] > MAX_ROWS or weight.k % 4 or (gated and weight.n // 2 % ROWS) or not _has_tensor_cores():
+        return None
+    n, kind = (weight.n // 2, "gated") if gated else (weight.n, "plain")
+    config = find_config(x.shape[0], n, weight.k, kind, weight.bits // 4, weight.group)
+    return config if config.tiles else None
+
+
+@functools.cache
+def find_config(m: int, n: int, k: int, kind: str, planes: int = 1, group: int = 128) -> Int4Config:
+    """``kind`` is ``plain`` or ``gated`` (two rows an output). No tiles: the kernel of many tokens is faster."""
+    tokens = triton.next_power_of_2(triton.cdiv(m, 8))
+    plain = planes == 1 and group == 128
+    form = "" if plain else f"/{4 * planes}-{group}"
+    found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{8 * tokens}{form}")
+    if found is not None:
+        return Int4Config(**found)
+    if tokens > 2:
+        return Int4Config(0, 0, 0)
+    chunks = triton.cdiv(k, 128)
+    tiles = 2 if kind == "gated" else 1
+    # More groups or planes in a chunk take more registers, of which a thread of 16 warps has fewest.
+    warps = 4
+    while warps < (16 if plain else 8) and triton.cdiv(n, 16) * warps < _ENOUGH_WARPS and chunks > warps:
         warps *= 2
-    rows = max(2, most * row_halves(n, k, 128 * warps, kind, chunk) // m)
-    return Config(rows // 2 if kind == "gated" else rows, 128 * warps, warps, 1)
+    depth = 4 if plain and tiles * tokens == 1 and warps < 16 else 2
+    if planes * tokens > 1 and not plain:
+        depth = 1
+    return Int4Config(tiles, warps, min(depth, triton.cdiv(chunks, warps)))
 
 
-@functools.cache
-def row_halves(n: int, k: int, width: int, kind: str, chunk: int = CHUNK) -> int:
-    """2 where runs of ``width`` words are better halves of two rows' (K 3,584 is three and a half runs of 128), else 1."""
-    words = triton.cdiv(k, chunk) * 32
-    if kind != "gated" and n % 2:
-        return 1
-    half = width // 2
-    return 2 if triton.cdiv(words, half) * half < 0.95 * triton.cdiv(words, width) * width else 1
-
-
-def layout(weight: Int4Weight) -> tuple[int, int, bool]:
-    """The kernels' CODES, GROUPS and MINIMUMS."""
-    return 32 // weight.bits, weight.chunk // weight.group, weight.minimums
-
-
-def int4_vector_triton(
+def int4_few_triton(
     x: Tensor,
     weight: Int4Weight,
     bias: Tensor | None,
@@ -390,31 +404,30 @@ def int4_vector_triton(
     eps: float,
     gated: bool,
     residual: Tensor | None,
-    config: Config | None = None,
+    config: Int4Config,
 ) -> Tensor:
-    """`kubeinfer.kernels.int4.int4_linear` of one or a few tokens; the weight's order is the inputs'."""
+    """`kubeinfer.kernels.int4.int4_linear` where `few_config` finds a configuration; the weight's order is the inputs'.
+
+    ``norm_weight`` only with bfloat16.
+    """
     m, k = x.shape
     n = weight.n // 2 if gated else weight.n
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
+        x = x.clone(memory_format=torch.contiguous_format)
     out = residual if residual is not None else torch.empty(m, n, dtype=x.dtype, device=x.device)
-    words, kind = weight.words.shape[1], "gated" if gated else "plain"
-    config = config or find_config(m, n, k, kind, weight.chunk, weight.minimums)
-    halves = row_halves(n, k, config.block_k, kind, weight.chunk)
-    if config.block_n * (2 if gated else 1) % (2 * halves):
-        halves = 1
-    if config.block_n * (2 if gated else 1) // halves > _MOST_RUNS:
-        raise ValueError(f"{config}: more than {_MOST_RUNS} runs of words a program")
-    span = config.block_k // halves
-    steps = triton.cdiv(words, span)
+    chunks = weight.words.shape[1]
+    steps = triton.cdiv(chunks, config.num_warps)
+    tokens = triton.next_power_of_2(triton.cdiv(m, 8))
+    pieces = steps * config.tiles * tokens * (128 // weight.group) * (weight.bits // 4)
     pdl = overlaps_launches()
     args = (
         x, norm_weight if norm_weight is not None else x, weight.words, weight.meta, bias if bias is not None else x, out,
-        n, eps, *_EXPONENTS,
+        m, n, eps,
     )  # fmt: skip
     constants = (
-        m, k, words, *layout(weight), x.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None,
-        residual is not None, config.block_n, span, halves, min(config.depth, steps), steps == 1, pdl,
+        k, *layout(weight), x.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None,
+        residual is not None, config.tiles, tokens, config.num_warps, min(config.depth, steps), pieces <= _MOST_UNROLLED, pdl,
     )  # fmt: skip
-    _VECTOR.launch((triton.cdiv(n, config.block_n), 1, 1), args, constants, config.num_warps, pdl=pdl)
+    programs = triton.cdiv(n, ROWS * (config.tiles // 2 if gated else config.tiles))
+    _FEW.launch((programs, 1, 1), args, constants, config.num_warps, pdl=pdl, max_registers=config.registers)
     return out

@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # mypy: disable-error-code="assignment,misc"
-"""Triton kernels of `kubeinfer.kernels.int4` that dequantize: for products on the tensor cores, or whole weights.
+# ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
+"""Triton kernels of `kubeinfer.kernels.int4` that dequantize: for products of many tokens, or whole weights.
 
-Constants of both: as those of `kubeinfer.kernels.triton_int4`.
+Constants of both: inputs a GROUP, PLANES of four bits a code, MINIMUMS instead of zeros.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ _ENOUGH_PROGRAMS = 256
 
 
 @triton.jit
-def _scale_and_shift(meta, CODES: tl.constexpr, MINIMUMS: tl.constexpr):
+def _scale_and_shift(meta, PLANES: tl.constexpr, MINIMUMS: tl.constexpr):
     """What `_value` needs of numbers that are codes plus 128, or bytes plus 256."""
     if MINIMUMS:
         scale, minimum = split_meta(meta)
-        if CODES == 8:
+        if PLANES == 1:
             shift = minimum - 128.0 * scale
         else:
             shift = minimum - (256.0 + 128.0) * scale
@@ -46,30 +47,38 @@ def _value(number, scale, shift, MINIMUMS: tl.constexpr):
 
 
 @triton.jit
-def _unpacked(words_ptr, meta_ptr, rows, inside, chunk, WORDS: tl.constexpr, CODES: tl.constexpr, GROUPS: tl.constexpr,
-              MINIMUMS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """fp32 ``[BLOCK_N, 32 CODES]``: a chunk of ``rows``."""
-    lanes = tl.arange(0, 32)
-    codes = tl.arange(0, CODES)
-    words = tl.load(
-        words_ptr + rows.to(tl.int64)[:, None] * WORDS + chunk * 32 + lanes[None, :],
-        mask=inside[:, None],
-        other=0,
-    )
-    base = meta_ptr + rows * (WORDS // 32 * GROUPS) + chunk * GROUPS
-    if GROUPS <= CODES:
-        where = base[:, None] + (codes // (CODES // GROUPS))[None, :]
-        meta = tl.load(where, mask=inside[:, None], other=0)[:, :, None]
+def _unpacked(
+    words_ptr, meta_ptr, rows, tiles, chunk, dtype: tl.constexpr,
+    CHUNKS: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, MINIMUMS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``[BLOCK_N, 128]``: a chunk of ``rows``."""
+    PER: tl.constexpr = 128 // GROUP  # groups a chunk
+    # Words are read twice, for their two runs of four inputs: so these come in the inputs' order.
+    runs = tl.arange(0, 32)
+    tile = tl.minimum(rows // 16, tiles - 1).to(tl.int64)
+    block = words_ptr + (tile * CHUNKS + chunk) * (PLANES * 256) + rows % 16 * 16
+    at = block[:, None] + (runs % 4 * 4 + runs // 8)[None, :]
+    shift = (runs // 4 % 2 * 8)[None, :]
+    high = tl.load(at) >> shift
+    if PLANES == 2:
+        low = tl.load(at + 256) >> shift
+    beside = meta_ptr + (tile * CHUNKS + chunk) * (PER * 16) + rows % 8 * 2 + rows % 16 // 8
+    if PER == 1:
+        meta = tl.load(beside)[:, None]
     else:
-        where = base[:, None, None] + (codes * 2)[None, :, None] + (lanes // 16)[None, None, :]
-        meta = tl.load(where, mask=inside[:, None, None], other=0)
-    scale, shift = _scale_and_shift(meta, CODES, MINIMUMS)
-    if CODES == 8:
-        bits = (((words[:, None, :] >> (codes * 4)[None, :, None]) & 15) << 16) | 0x43000000
-    else:
-        bits = (((words[:, None, :] >> (codes * 8)[None, :, None]) & 255) << 15) | 0x43800000
-    value = _value(bits.to(tl.float32, bitcast=True), scale, shift, MINIMUMS)
-    return tl.reshape(value, [BLOCK_N, CODES * 32])
+        meta = tl.load(beside[:, None] + (runs // 4 * PER // 8 * 16)[None, :])
+    scale, other = _scale_and_shift(meta, PLANES, MINIMUMS)
+    values = ()
+    for i in tl.static_range(4):
+        code = (high >> (i // 2 * 4 + i % 2 * 16)) & 15
+        if PLANES == 1:
+            number = ((code << 16) | 0x43000000).to(tl.float32, bitcast=True)
+        else:
+            below = (low >> (i // 2 * 4 + i % 2 * 16)) & 15
+            number = ((code << 19) | (below << 15) | 0x43800000).to(tl.float32, bitcast=True)
+        values = values + (_value(number, scale, other, MINIMUMS).to(dtype),)
+    pairs = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
+    return tl.reshape(pairs, [BLOCK_N, 128])
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -79,9 +88,9 @@ def _dequantize_kernel(
     out_ptr,
     n,
     K: tl.constexpr,
-    WORDS: tl.constexpr,
-    CODES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PLANES: tl.constexpr,
     MINIMUMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
@@ -91,28 +100,19 @@ def _dequantize_kernel(
         gdc_launch_dependents()
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     chunk = tl.program_id(0)
-    wide = _unpacked(words_ptr, meta_ptr, rows, rows < n, chunk, WORDS, CODES, GROUPS, MINIMUMS, BLOCK_N)
-    k = chunk * (32 * CODES) + tl.arange(0, 32 * CODES)
+    wide = _unpacked(
+        words_ptr, meta_ptr, rows, (n + 15) // 16, chunk, out_ptr.dtype.element_ty,
+        CHUNKS, GROUP, PLANES, MINIMUMS, BLOCK_N,
+    )  # fmt: skip
+    k = chunk * 128 + tl.arange(0, 128)
     at = out_ptr + rows.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(at, wide.to(out_ptr.dtype.element_ty), mask=(rows < n)[:, None] & (k < K)[None, :])
+    tl.store(at, wide, mask=(rows < n)[:, None] & (k < K)[None, :])
 
 
 _DEQUANTIZE = Kernel(_dequantize_kernel)
 
 
-@triton.jit
-def _placed(words, J: tl.constexpr, exponent, CODES: tl.constexpr):
-    """fp32 of code ``J`` of each word, plus the number (128, or 256 of bytes) whose bits are ``exponent``."""
-    PLACE: tl.constexpr = (16 if CODES == 8 else 15) - J * (32 // CODES)
-    MASK: tl.constexpr = 0xF0000 if CODES == 8 else 0x7F8000
-    if PLACE >= 0:
-        bits = words << PLACE
-    else:
-        bits = words >> -PLACE
-    return ((bits & MASK) | exponent).to(tl.float32, bitcast=True)
-
-
-@triton.jit(do_not_specialize=["m", "n", "exponent"])
+@triton.jit(do_not_specialize=["m", "n"])
 def _dot_kernel(
     x_ptr,
     words_ptr,
@@ -121,11 +121,10 @@ def _dot_kernel(
     out_ptr,
     m,
     n,
-    exponent,
     K: tl.constexpr,
-    WORDS: tl.constexpr,
-    CODES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PLANES: tl.constexpr,
     MINIMUMS: tl.constexpr,
     STRIDE_X: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -141,35 +140,21 @@ def _dot_kernel(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n
-    CHUNKS: tl.constexpr = WORDS // 32
     PER: tl.constexpr = (CHUNKS + SPLITS - 1) // SPLITS
-    SETS: tl.constexpr = min(CODES, GROUPS)
     first = tl.program_id(2) * PER
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    lanes = tl.arange(0, 32)
-    base = x_ptr + tokens.to(tl.int64)[None, :] * STRIDE_X + lanes[:, None]
-    words_base = words_ptr + rows.to(tl.int64)[:, None] * WORDS + lanes[None, :]
-    meta_base = meta_ptr + rows * (CHUNKS * GROUPS)
+    columns = tl.arange(0, 128)
+    base = x_ptr + tokens.to(tl.int64)[None, :] * STRIDE_X + columns[:, None]
     for chunk in range(first, min(first + PER, CHUNKS)):
-        words = tl.load(words_base + chunk * 32, mask=inside[:, None], other=0)
-        for h in tl.static_range(SETS):
-            beside = meta_base + chunk * GROUPS + h * (GROUPS // SETS)
-            scale, shift = _scale_and_shift(tl.load(beside, mask=inside, other=0)[:, None], CODES, MINIMUMS)
-            if GROUPS > CODES:  # each half of a code's 32 inputs is a group
-                other, apart = _scale_and_shift(
-                    tl.load(beside + 1, mask=inside, other=0)[:, None], CODES, MINIMUMS
-                )
-                half = (lanes < 16)[None, :]
-                scale, shift = tl.where(half, scale, other), tl.where(half, shift, apart)
-            for i in tl.static_range(CODES // SETS):
-                k = chunk * (32 * CODES) + (h * (CODES // SETS) + i) * 32
-                number = _placed(words, h * (CODES // SETS) + i, exponent, CODES)
-                weight = _value(number, scale, shift, MINIMUMS)
-                mask = (tokens < m)[None, :]
-                if K % (32 * CODES) != 0:
-                    mask = mask & (k + lanes < K)[:, None]
-                x = tl.load(base + k, mask=mask, other=0.0)
-                total = tl.dot(weight.to(x.dtype), x, total)
+        wide = _unpacked(
+            words_ptr, meta_ptr, rows, (n + 15) // 16, chunk, x_ptr.dtype.element_ty,
+            CHUNKS, GROUP, PLANES, MINIMUMS, BLOCK_N,
+        )  # fmt: skip
+        mask = (tokens < m)[None, :]
+        if K % 128 != 0:
+            mask = mask & (chunk * 128 + columns < K)[:, None]
+        x = tl.load(base + chunk * 128, mask=mask, other=0.0)
+        total = tl.dot(wide, x, total)
     at = tokens.to(tl.int64)[None, :] * n + rows[:, None]
     mask = inside[:, None] & (tokens < m)[None, :]
     if SPLITS == 1:
@@ -186,27 +171,25 @@ _DOT = Kernel(_dot_kernel)
 def int4_dot_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` on the tensor cores, weights dequantized on the way; inputs in the weight's order."""
     m, k = x.shape
-    n, words = weight.n, weight.words.shape[1]
+    n, chunks = weight.n, weight.words.shape[1]
     if x.stride(1) != 1:
         x = x.contiguous()
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     block_m = min(128, max(16, triton.next_power_of_2(m)))
     block_n, num_warps = (64, 4) if block_m <= 32 else (128, 8)
     tiles = triton.cdiv(n, block_n) * triton.cdiv(m, block_m)
-    chunks = words // 32
     splits = 1
-    while splits < 16 and tiles * splits < _ENOUGH_PROGRAMS and chunks >= 4 * splits:
+    while splits < 16 and tiles * splits < _ENOUGH_PROGRAMS and chunks >= 8 * splits:
         splits *= 2
     splits = triton.cdiv(chunks, triton.cdiv(chunks, splits))  # none is empty
     target = out if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     pdl = overlaps_launches()
-    exponent = 0x43000000 if weight.bits == 4 else 0x43800000  # of 128 and of 256
     _DOT.launch(
         (triton.cdiv(n, block_n), triton.cdiv(m, block_m), splits),
-        (x, weight.words, weight.meta, bias if bias is not None else x, target, m, n, exponent),
-        (k, words, *layout(weight), x.stride(0), bias is not None, splits, block_m, block_n, pdl),
+        (x, weight.words, weight.meta, bias if bias is not None else x, target, m, n),
+        (k, *layout(weight), x.stride(0), bias is not None, splits, block_m, block_n, pdl),
         num_warps,
-        2,  # a chunk is eight products: their inputs, in three stages, would not fit into shared memory
+        2,
         pdl=pdl,
     )
     return out if splits == 1 else sum_parts(target, bias, out)
@@ -215,12 +198,12 @@ def int4_dot_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tenso
 def dequantize_int4_triton(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """`kubeinfer.kernels.int4.dequantize_int4` on CUDA tensors."""
     out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.words.device)
-    words, block_n = weight.words.shape[1], 16
+    block_n = 16
     pdl = overlaps_launches()
     _DEQUANTIZE.launch(
-        (words // 32, triton.cdiv(weight.n, block_n), 1),
+        (weight.words.shape[1], triton.cdiv(weight.n, block_n), 1),
         (weight.words, weight.meta, out, weight.n),
-        (weight.k, words, *layout(weight), block_n, pdl),
+        (weight.k, *layout(weight), block_n, pdl),
         4,
         pdl=pdl,
     )

@@ -57,9 +57,13 @@ class Kernel:
         num_warps: int,
         num_stages: int = 3,
         pdl: bool = False,
+        max_registers: int = 0,
     ) -> None:
-        """Launch on the current stream; ``args`` and ``constants`` in the signature's order."""
-        key: list[Any] = [constants, num_warps, num_stages]
+        """Launch on the current stream; ``args`` and ``constants`` in the signature's order.
+
+        ``max_registers`` a thread, where not 0: fewer than the compiler takes let more programs share a multiprocessor.
+        """
+        key: list[Any] = [constants, num_warps, num_stages, max_registers]
         aligned = 0
         for arg in args:
             if isinstance(arg, Tensor):
@@ -79,6 +83,8 @@ class Kernel:
         options = {"num_warps": num_warps, "num_stages": num_stages}
         if pdl:
             options["launch_pdl"] = True
+        if max_registers:
+            options["maxnreg"] = max_registers
         compiled = self._function[grid](*args, *constants, **options)
         if compiled is not None and _KNOWN_RELEASE and not aligned & 15:
             self._variants[tuple(key)] = compiled

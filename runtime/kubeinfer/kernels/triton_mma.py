@@ -1,0 +1,137 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""What Triton kernels written thread by thread are made of: inline assembly on tensors with an element a thread.
+
+Such tensors are ``[32 warps]``: element ``i`` is thread ``i``'s, so that what a warp's threads do together (products on the tensor
+cores, which Ampere and later have; moves between threads) can be written down. Pairs of 16-bit numbers are int32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load4(pointers, wanted, ALWAYS: tl.constexpr):
+    """Four words at ``pointers``, which are not read again soon; anything where not ``wanted``."""
+    if ALWAYS:
+        found = tl.inline_asm_elementwise(
+            "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l", [pointers],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.b32 p, $5, 0;
+            @p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];
+            }""",
+            "=r,=r,=r,=r,l,r", [pointers, wanted],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def load2(pointers, wanted, ALWAYS: tl.constexpr):
+    """Two words at ``pointers``; zeros where not ``wanted``. Stays behind the wait for the kernel before."""
+    if ALWAYS:
+        found = tl.inline_asm_elementwise(
+            "ld.global.v2.b32 {$0, $1}, [$2];",
+            "=r,=r,l", [pointers], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.b32 p, $3, 0;
+            mov.b32 $0, 0;
+            mov.b32 $1, 0;
+            @p ld.global.v2.b32 {$0, $1}, [$2];
+            }""",
+            "=&r,=&r,l,r", [pointers, wanted], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def codes(words, BF16: tl.constexpr):
+    """The codes in bits 0 to 3 and 16 to 19 of ``words`` as a pair of 16-bit numbers: in bfloat16 plus 128."""
+    if BF16:
+        found = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;",
+            "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 number, exponent;
+            mov.b32 exponent, 0x64006400;
+            lop3.b32 number, $1, 0x000F000F, exponent, 0xEA;
+            sub.rn.f16x2 $0, number, exponent;
+            }""",
+            "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def times(x, y):
+    """Products of pairs of bfloat16 numbers: ``x y - 0``, which older GPUs have too."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 zero;
+        mov.b32 zero, 0x80008000;
+        fma.rn.bf16x2 $0, $1, $2, zero;
+        }""",
+        "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def mma(a0, a1, a2, a3, b0, b1, c, BF16: tl.constexpr):
+    """``c`` (four fp32 a thread) plus a product of 16 x 16 and 16 x 8 numbers, pairs of 16 bits."""
+    if BF16:
+        found = tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def add_squares(b0, b1, found):
+    """Add to ``found`` the squares of tokens' bfloat16 inputs, for thread ``9 t + 4 e`` of token ``2 t + e``.
+
+    They are on the diagonals of the inputs' products with each other: of the first's in numbers 0 and 1, of the second's in 6
+    and 7. A left operand of 8 inputs is the two registers that were read together, so that neither is moved.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$8, $9}, {$8}, {$10, $11, $12, $13};
+        mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$4, $5, $6, $7}, {$8, $9}, {$9}, {$14, $15, $16, $17};
+        }""",
+        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,f,f,f,f,f,f,f,f",
+        [b0, b1, found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def from_thread(values, place):
+    """Of fp32 ``values``, that of the thread at ``place`` in the same warp."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1F, 0xFFFFFFFF;",
+        "=f,f,r", [values, place], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip

@@ -73,15 +73,15 @@ def values(method: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", list(GGUF_FORMS))
 def test_repacked_values_are_the_files(kind: str) -> None:
-    blocks, plain = random_blocks(kind, 24, 768)
+    blocks, plain = random_blocks(kind, 32, 768)
     store = make_store({"a": kind})
-    layer = ColumnLinear(store, ["a"], [24], 768, False)
+    layer = ColumnLinear(store, ["a"], [32], 768, False)
     store.load([("a.weight", blocks)])
     layer.finish_loading()
     got = values(layer.method)
     if kind.endswith("_K"):
         # Scale and minimum are products, rounded to 16 bits: each by half a unit of its 11 bits.
-        found = GGUFWeight(make_store({"a": kind}), layer_shard(24, 768), [form(kind)])
+        found = GGUFWeight(make_store({"a": kind}), layer_shard(32, 768), [form(kind)])
         codes, scales, minimums = found._unpacked(blocks, form(kind))
         spread = (codes.float() * scales.repeat_interleave(form(kind).group, 1)).abs()
         bound = (spread + minimums.abs().repeat_interleave(form(kind).group, 1)) * 2**-11 + 1e-7

@@ -27,8 +27,6 @@ from kubeinfer.kernels.norm import rms_norm
 ROWS, CHUNK = 16, 128  # rows and inputs of a block
 # AutoAWQ's order: where in a run of eight outputs the code of each bit position belongs.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-# More tokens than this: a whole weight is dequantized and cuBLAS multiplies.
-MAX_FUSED_ROWS = 256
 
 
 @dataclass(slots=True)
@@ -179,7 +177,7 @@ def dequantize_int4_reference(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
 def dequantize_int4(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """``[n, k]`` in ``dtype``, inputs in the weight's order."""
     if weight.words.is_cuda:
-        from kubeinfer.kernels.triton_int4_dot import dequantize_int4_triton
+        from kubeinfer.kernels.triton_int4_dequantize import dequantize_int4_triton
 
         return dequantize_int4_triton(weight, dtype)
     return dequantize_int4_reference(weight, dtype)
@@ -203,9 +201,8 @@ def int4_linear(
         gated: gates are the first half of the weight's rows; the result is ``[T, n / 2]``.
         residual: ``[T, n]``, written in place and returned.
     """
-    if x.is_cuda and 0 < x.shape[0] <= MAX_FUSED_ROWS and x.dtype in (torch.bfloat16, torch.float16):
+    if x.is_cuda and x.shape[0] and x.dtype in (torch.bfloat16, torch.float16):
         from kubeinfer.kernels.triton_int4 import few_config, int4_few_triton
-        from kubeinfer.kernels.triton_int4_dot import int4_dot_triton
 
         config = few_config(x, weight, gated)
         if config is not None:
@@ -214,8 +211,6 @@ def int4_linear(
                 return int4_few_triton(x, weight, bias, norm_weight, eps, gated, residual, config)
             x = _prepared(x, weight, norm_weight, eps)
             return int4_few_triton(x, weight, bias, None, 0.0, gated, residual, config)
-        y = int4_dot_triton(_prepared(x, weight, norm_weight, eps), weight, bias)
-        return _finished(y, gated, residual)
     y = F.linear(_prepared(x, weight, norm_weight, eps), dequantize_int4(weight, x.dtype), bias)
     return _finished(y, gated, residual)
 

@@ -36,6 +36,7 @@ _TMA_HEAD_DIMS = (64, 128)
 # Below this the loads by address hide as well, and the gather's launch would cost more than it saves.
 _TMA_MIN_CONTEXT = 512
 _GATHER_TILE = 128
+_GATHER_SEQS = 128  # the most, and what the kernel is compiled for
 
 
 @triton.jit(do_not_specialize=["num_blocks", "rows_per_head", "stride_table", "first_seq", "num_seqs"])
@@ -268,7 +269,11 @@ def paged_attention_triton(
             # Without the exact sum, an upper bound. The rows stay within a small multiple of the step's own tokens.
             total = prefill_kv_tokens if prefill_kv_tokens is not None else num_prefills * max_seq_len
             rows_per_head = (total // _GATHER_TILE + num_prefills) * _GATHER_TILE
-            tma = rows_per_head <= 2 * max(num_tokens, 8192) and has_tensor_memory_accelerator()
+            tma = (
+                num_prefills <= _GATHER_SEQS
+                and rows_per_head <= 2 * max(num_tokens, 8192)
+                and has_tensor_memory_accelerator()
+            )
         block_m, block_n, num_warps, num_stages = _prefill_config(head_dim, group, wide, fp8, tma)
         if tma:
             rows = torch.empty(
@@ -282,7 +287,7 @@ def paged_attention_triton(
                     num_decodes, num_prefills,
                 ),
                 (
-                    num_kv_heads, head_dim, block_size, _GATHER_TILE, max(2, triton.next_power_of_2(num_prefills)),
+                    num_kv_heads, head_dim, block_size, _GATHER_TILE, _GATHER_SEQS,
                 ),
                 8,
             )  # fmt: skip

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # mypy: disable-error-code="assignment,misc,var-annotated"
 # ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
-"""Triton kernel of `kubeinfer.kernels.int4` for few tokens: tensor cores, as fast as the weights are read.
+"""Triton kernel of `kubeinfer.kernels.int4` for few tokens, on tensor cores.
 
-What bounds such a kernel on a fast memory is its instructions. Here a code costs seven eighths of a logic instruction: two codes
+On a fast memory such a kernel must spare instructions. Here a code costs seven eighths of a logic instruction: two codes
 a time are put into the mantissas of two 16-bit numbers, which are then multiplied by the tensor cores. In bfloat16 these are
 128 + q; what that and the group's zero add up to leaves at the group's end, as so many times the sum of the inputs, which is a
 product on the tensor cores as well. (float16 would lose bits to its 1,024, which are subtracted before.) Weights are the
@@ -365,7 +365,7 @@ def _has_tensor_cores() -> bool:
 
 
 def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | None:
-    """How `int4_few_triton` computes it; None where it has no kernel or another is faster."""
+    """How `int4_few_triton` computes it; None where it has no kernel, or cuBLAS on the dequantized weight is faster."""
     if x.shape[0] > MAX_ROWS or weight.k % 4 or (gated and weight.n // 2 % ROWS) or not _has_tensor_cores():
         return None
     n, kind = (weight.n // 2, "gated") if gated else (weight.n, "plain")
@@ -375,7 +375,7 @@ def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | None:
 
 @functools.cache
 def find_config(m: int, n: int, k: int, kind: str, planes: int = 1, group: int = 128) -> Int4Config:
-    """``kind`` is ``plain`` or ``gated`` (two rows an output). No tiles: the kernel of many tokens is faster."""
+    """``kind`` is ``plain`` or ``gated`` (two rows an output). No tiles: cuBLAS on the dequantized weight is faster."""
     tokens = triton.next_power_of_2(triton.cdiv(m, 8))
     plain = planes == 1 and group == 128
     form = "" if plain else f"/{4 * planes}-{group}"

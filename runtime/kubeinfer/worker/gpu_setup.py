@@ -173,9 +173,8 @@ def warm_up(runner: ModelRunner, max_tokens: int, noted: bool = False) -> None:
         steps.append((count, [min(17, max(2, (max_tokens - count) // count))] * count, False))
         if runner.shared_prefixes is not None and count >= MIN_BATCH:
             steps.append((count, [2], True))
-        # Prompts of some length are gathered first, by a kernel that is compiled for each power of two of their number.
-        steps.append((1, [_LONG_CHUNK, *[2] * (count - 1)], False))
         count *= 2
+    steps.append((1, [_LONG_CHUNK], False))  # whose keys and values are gathered first
     # cuBLAS chooses a kernel by the number of tokens, and loads it when it is first called: not while a request waits.
     steps += [(1, [tokens - 1], False) for tokens in _WARM_TOKENS]
     for decodes, chunks, shares in steps:

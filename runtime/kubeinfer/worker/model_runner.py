@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 from typing import Any
 
@@ -242,7 +243,7 @@ class ModelRunner:
         # Where not every token is sampled from, the model finishes only those that are.
         partial = self.stage.last and plan.num_decodes < len(rows) and not self._prompt_logprobs
         if partial:
-            host["wanted"] = host["query_start"][1:][np.array(plan.sampled, np.int32)] - 1
+            host["wanted"] = self._padded(host["query_start"][1:][np.array(plan.sampled, np.int32)] - 1)
         decodes = plan.num_decodes
         shared = self._shared_blocks(rows[:decodes], starts[:decodes])
         if shared is not None:
@@ -274,6 +275,17 @@ class ModelRunner:
         )
         return inputs["ids"], step
 
+    def _padded(self, wanted: NDArray[np.int32]) -> NDArray[np.int32]:
+        """``wanted``, its last repeated up to a number that decode steps were captured for.
+
+        cuBLAS chooses a kernel by the number of rows, and loading one that no step has had waits for the device.
+        """
+        sizes = self.graphs.sizes if self.graphs is not None else []
+        place = bisect_left(sizes, len(wanted))
+        if not len(wanted) or place == len(sizes):
+            return wanted
+        return np.pad(wanted, (0, sizes[place] - len(wanted)), mode="edge")
+
     def _sample(
         self,
         plan: StepPlan,
@@ -282,7 +294,7 @@ class ModelRunner:
         starts: NDArray[np.int32],
         partial: bool,
     ) -> PendingResult:
-        """``hidden``: states of the sampled tokens if ``partial``, else of all."""
+        """``hidden``: states of the sampled tokens, and perhaps of some more, if ``partial``, else of all."""
         found_prompt = self._collect_prompt_logprobs(plan, hidden) if self._prompt_logprobs else None
         if not plan.sampled:
             return PendingResult(torch.empty(0, dtype=torch.int64))
@@ -292,7 +304,7 @@ class ModelRunner:
         if len(plan.sampled) < len(rows):
             sampled = np.array(plan.sampled, np.int32)
             rows, starts, lengths = rows[sampled], starts[sampled], lengths[sampled]
-        logits = self.model.logits(hidden)
+        logits = self.model.logits(hidden)[: len(rows)]
         tokens, logprobs = self.sampler.sample(logits, rows, starts + lengths, plan)
         self._keep_tokens(rows, tokens)
         return PendingResult(tokens, logprobs, found_prompt)

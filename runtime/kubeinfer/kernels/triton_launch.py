@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,6 +36,14 @@ def overlaps_launches() -> bool:
 def has_tensor_memory_accelerator() -> bool:
     """Tensor descriptors are fetched by the copy engine."""
     return _hopper()
+
+
+@triton.jit
+def fetch_ahead(pointers):
+    """Ask the L2 cache for the lines at ``pointers``; nothing is returned."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 class Kernel:

@@ -19,19 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+from kubeinfer.kernels.triton_launch import Kernel, fetch_ahead, overlaps_launches
 
 # Programs of one launch that share sums; bounds the scratch memory.
 MAX_PROGRAMS = 4096
 _SCRATCH_BYTES = 64 << 20
-
-
-@triton.jit
-def _fetch_ahead(pointers):
-    """Ask the L2 cache for the lines at ``pointers``; nothing is returned."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit(do_not_specialize=["m", "n", "eps"])
@@ -84,9 +76,9 @@ def _skinny_kernel(
         # Weights do not depend on the kernel before this one: bring the first ones near while it ends.
         if AHEAD > 0:
             lines = begin + tl.arange(0, AHEAD) * 64
-            _fetch_ahead(w_base + lines[None, :])
+            fetch_ahead(w_base + lines[None, :])
             if GATED:
-                _fetch_ahead(up_base + lines[None, :])
+                fetch_ahead(up_base + lines[None, :])
         gdc_wait()
         gdc_launch_dependents()
 

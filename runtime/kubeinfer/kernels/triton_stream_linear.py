@@ -21,7 +21,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kubeinfer.kernels.triton_launch import Kernel, has_tensor_memory_accelerator, overlaps_launches
+from kubeinfer.kernels.triton_launch import (
+    Kernel,
+    fetch_ahead,
+    has_tensor_memory_accelerator,
+    overlaps_launches,
+)
 
 _SCRATCH_BYTES = 64 << 20
 # Of weights that a program asks for before the kernel before it has ended.
@@ -29,14 +34,6 @@ _AHEAD_BYTES = 16 << 10
 _AHEAD_BYTES_GATED = 64 << 10
 _SHARED_BYTES = 200 << 10  # that a program of the tuned configurations may need
 _MOST_TILES = 16384
-
-
-@triton.jit
-def _fetch_ahead(pointers):
-    """Ask the L2 cache for the lines at ``pointers``; nothing is returned."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -107,9 +104,9 @@ def _stream_kernel(
             lines = (begin % STEPS) * BLOCK_K + tl.arange(0, AHEAD) * 64
             near = tl.minimum(first_tile * BLOCK_N + outputs, N - 1).to(tl.int64)[:, None] * STRIDE_W
             near += tl.minimum(lines, K - 64)[None, :]
-            _fetch_ahead(weight_ptr + near)
+            fetch_ahead(weight_ptr + near)
             if GATED:
-                _fetch_ahead(weight_ptr + near + N * STRIDE_W)
+                fetch_ahead(weight_ptr + near + N * STRIDE_W)
         gdc_wait()
         gdc_launch_dependents()
 

@@ -28,19 +28,3 @@ def silu_and_mul_reference(x: Tensor, out: Tensor | None = None) -> Tensor:
         return result.to(x.dtype)
     out.copy_(result)
     return out
-
-
-def gelu_and_mul(x: Tensor, approximate: str = "none") -> Tensor:
-    """``gelu(x[..., :I]) * x[..., I:]``; ``approximate`` is ``none`` or ``tanh``."""
-    gate, up = x.chunk(2, -1)
-    return F.gelu(gate, approximate=approximate) * up
-
-
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """GELU; ``approximate`` is ``none`` or ``tanh``."""
-    return F.gelu(x, approximate=approximate)
-
-
-def relu(x: Tensor) -> Tensor:
-    """ReLU (OPT)."""
-    return torch.relu(x)

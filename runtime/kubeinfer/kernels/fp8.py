@@ -219,11 +219,6 @@ def scaled_product(x: QuantizedRows, weight: Tensor, weight_scale: Tensor, bias:
     return (wide if bias is None else wide + bias.float()).to(x.dtype)
 
 
-def expand_block_scale(scale: Tensor, rows: int, columns: int, block: tuple[int, int]) -> Tensor:
-    """Scales of blocks ``[ceil(N / b0), ceil(K / b1)]`` -> a scale for each weight, ``[rows, columns]``."""
-    return scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-
-
 def block_fp8_linear(
     x: Tensor,
     weight: Tensor,

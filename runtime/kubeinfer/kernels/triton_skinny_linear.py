@@ -10,20 +10,15 @@ program of an output to end adds the others' sums, in a fixed order, so that the
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels.triton_launch import Kernel, fetch_ahead, overlaps_launches
-
-# Programs of one launch that share sums; bounds the scratch memory.
-MAX_PROGRAMS = 4096
-_SCRATCH_BYTES = 64 << 20
+from kubeinfer.kernels.triton_split import MAX_PROGRAMS, scratch
 
 
 @triton.jit(do_not_specialize=["m", "n", "eps"])
@@ -173,23 +168,6 @@ class SkinnyConfig:
     split_k: int
 
 
-@dataclass(slots=True)
-class _Scratch:
-    sums: Tensor  # fp32
-    squares: Tensor  # fp32
-    counters: Tensor  # int32, zero between launches
-
-
-@functools.cache
-def _scratch(device: torch.device) -> _Scratch:
-    """Kernels of one stream use it one after the other: a kernel's programs end before the next kernel's begin to add."""
-    return _Scratch(
-        torch.empty(_SCRATCH_BYTES // 4, dtype=torch.float32, device=device),
-        torch.empty(MAX_PROGRAMS * 64, dtype=torch.float32, device=device),
-        torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
-    )
-
-
 def skinny_linear_triton(
     x: Tensor,
     weight: Tensor,
@@ -207,8 +185,8 @@ def skinny_linear_triton(
     tiles = triton.cdiv(n, config.block_n)
     block_m = max(16, triton.next_power_of_2(m))
     if config.split_k > 1:
-        scratch = _scratch(x.device)
-        sums, squares, counters = scratch.sums, scratch.squares, scratch.counters
+        parts = scratch(x.device)
+        sums, squares, counters = parts.sums, parts.squares, parts.counters
         needed = tiles * config.split_k * block_m * config.block_n * (2 if gated else 1)
         if needed > sums.numel() or tiles * config.split_k > MAX_PROGRAMS:
             raise ValueError(f"{config} needs more scratch memory than there is for {n} outputs.")

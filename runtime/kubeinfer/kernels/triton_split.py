@@ -1,14 +1,41 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""Triton kernel that sums the parts of a product whose inputs were split over programs."""
+"""Products whose inputs are split over programs: memory for their parts, and a Triton kernel that sums them."""
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+
+MAX_PROGRAMS = 4096  # of a launch that share sums of squares
+MAX_TILES = 16384  # of a launch, that several programs finish
+_SCRATCH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Where the programs of one launch leave parts for one another."""
+
+    sums: Tensor  # fp32
+    squares: Tensor  # fp32, of up to 64 tokens
+    counters: Tensor  # int32, zero between launches
+
+
+@functools.cache
+def scratch(device: torch.device) -> Scratch:
+    """Kernels of one stream use it one after the other: a kernel's programs end before the next kernel's begin to add."""
+    return Scratch(
+        torch.empty(_SCRATCH_BYTES // 4, dtype=torch.float32, device=device),
+        torch.empty(MAX_PROGRAMS * 64, dtype=torch.float32, device=device),
+        torch.zeros(MAX_TILES, dtype=torch.int32, device=device),
+    )
 
 
 @triton.jit(do_not_specialize=["size", "n"])

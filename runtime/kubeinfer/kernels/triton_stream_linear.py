@@ -27,13 +27,12 @@ from kubeinfer.kernels.triton_launch import (
     has_tensor_memory_accelerator,
     overlaps_launches,
 )
+from kubeinfer.kernels.triton_split import MAX_TILES, scratch
 
-_SCRATCH_BYTES = 64 << 20
 # Of weights that a program asks for before the kernel before it has ended.
 _AHEAD_BYTES = 16 << 10
 _AHEAD_BYTES_GATED = 64 << 10
 _SHARED_BYTES = 200 << 10  # that a program of the tuned configurations may need
-_MOST_TILES = 16384
 
 
 @triton.jit
@@ -189,21 +188,6 @@ class StreamConfig:
     per_processor: int
 
 
-@dataclass(slots=True)
-class _Scratch:
-    sums: Tensor  # fp32
-    counters: Tensor  # int32, zero between launches
-
-
-@functools.cache
-def _scratch(device: torch.device) -> _Scratch:
-    """Kernels of one stream use it one after the other: a kernel's programs end before the next kernel's begin to add."""
-    return _Scratch(
-        torch.empty(_SCRATCH_BYTES // 4, dtype=torch.float32, device=device),
-        torch.zeros(_MOST_TILES, dtype=torch.int32, device=device),
-    )
-
-
 @functools.cache
 def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -225,16 +209,16 @@ def stream_linear_triton(
     tiles, steps = triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_k)
     units = triton.cdiv(tiles * steps, _processors(x.device) * config.per_processor)
     programs = triton.cdiv(tiles * steps, units)
-    scratch = _scratch(x.device)
+    parts = scratch(x.device)
     needed = programs * block_m * config.block_n * (2 if gated else 1)
-    if needed > scratch.sums.numel() or tiles > _MOST_TILES:
+    if needed > parts.sums.numel() or tiles > MAX_TILES:
         raise ValueError(f"{config} needs more scratch memory than there is for {n} outputs.")
     pdl = overlaps_launches()
     block = [config.block_n, config.block_k]
     args = (
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [block_m, config.block_k]),
         TensorDescriptor(weight, list(weight.shape), [weight.stride(0), 1], block),
-        weight, bias if bias is not None else x, out, scratch.sums, scratch.counters, m,
+        weight, bias if bias is not None else x, out, parts.sums, parts.counters, m,
     )  # fmt: skip
     rows = config.block_n * (2 if gated else 1)
     ahead = 1 << (max(1, (_AHEAD_BYTES_GATED if gated else _AHEAD_BYTES) // rows // 128).bit_length() - 1)

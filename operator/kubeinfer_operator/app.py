@@ -91,7 +91,7 @@ class Operator:
                     self.kube,
                     PODS,
                     self.gateways,
-                    lambda kind, obj: None,
+                    lambda kind, obj, deleted: None,
                     namespace=namespace,
                     selector=self.settings.gateway_selector,
                 )

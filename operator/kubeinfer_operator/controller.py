@@ -28,6 +28,7 @@ from kubeinfer_operator.writer import Refusal, Writer
 
 logger = logging.getLogger("kubeinfer.operator")
 
+DELETED_SECONDS = 0.5
 PROBE_AGAIN_SECONDS = 1.0
 PROBE_FAILURES = 3
 NODE_SECONDS = 300.0
@@ -71,8 +72,10 @@ class Controller:
         for own in (self._failures, self._probe_failures, self._followed):
             own.pop(key, None)
 
-    def changed(self, kind: Kind, obj: Manifest) -> None:
+    def changed(self, kind: Kind, obj: Manifest, deleted: bool = False) -> None:
         """A child has changed: look at its owners again."""
+        # Of a model that is deleted with its children, news of a child may come first: it is not to be made again.
+        delay = DELETED_SECONDS if deleted else 0.0
         if kind is CLASSES:
             for model in self.world.caches[MODELS]:
                 self.queue.add(key_of(model), random.uniform(0.0, 2.0))
@@ -86,7 +89,7 @@ class Controller:
         label = (obj["metadata"].get("labels") or {}).get(names.LABEL_MODEL)
         for name in owners | ({label} if label else set()):
             if self.world.get(MODELS, namespace, name) is not None:
-                self.queue.add((namespace, name))
+                self.queue.add((namespace, name), delay)
         job = (obj["metadata"].get("labels") or {}).get("job-name")
         if job:
             for model in self.world.caches[MODELS]:

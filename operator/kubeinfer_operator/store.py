@@ -19,7 +19,7 @@ from kubeinfer_operator.kube import Kind, Kube, KubeError, Manifest
 logger = logging.getLogger("kubeinfer.operator.store")
 
 Key = tuple[str, str]
-Changed = Callable[[Kind, Manifest], None]
+Changed = Callable[[Kind, Manifest, bool], None]  # the object, and whether it was deleted
 WATCH_SECONDS = 240
 
 
@@ -145,7 +145,7 @@ class Reflector:
             if self._namespace is None or key[0] == self._namespace:
                 gone = self._cache.drop(key)
                 if gone is not None:
-                    self._changed(self.kind, gone)
+                    self._changed(self.kind, gone, True)
         self.synced.set()
         return str(listed["metadata"]["resourceVersion"])
 
@@ -166,7 +166,7 @@ class Reflector:
                     continue
                 if event["type"] == "DELETED":
                     self._cache.drop(key_of(obj))
-                    self._changed(self.kind, obj)
+                    self._changed(self.kind, obj, True)
                 else:
                     self._take(obj)
         self.last_heard = time.monotonic()
@@ -177,7 +177,7 @@ class Reflector:
         if old is not None and old["metadata"]["resourceVersion"] == obj["metadata"]["resourceVersion"]:
             return
         if self._cache.put(slim(obj), force=force):
-            self._changed(self.kind, obj)
+            self._changed(self.kind, obj, False)
 
 
 def silent_for(reflectors: list[Reflector]) -> float:

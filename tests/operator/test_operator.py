@@ -298,6 +298,26 @@ async def test_progress_from_the_log(api: FakeApi, runtime: Runtime, kubeconfig:
         await until(lambda: weights().get("progress") == "50%")
 
 
+async def test_children_whose_deletion_is_heard_of_first_are_not_made_again(
+    api: FakeApi, runtime: Runtime, kubeconfig: None
+) -> None:
+    """Watches are not in step: the garbage collector's work may be heard of before the model's own deletion."""
+
+    def children() -> list[tuple[str, str, str, str]]:
+        kinds = ("InferenceModel", "Event", "StorageClass")
+        return [key for key, child in api.objects.items() if child["kind"] not in kinds]
+
+    async with running():
+        api.put(*IM, MODEL)
+        await bring_up(api)
+        for version, plural, namespace, name in children():
+            api.remove(version, plural, name, namespace)
+        await asyncio.sleep(0.2)
+        api.remove(*IM, "smol")
+        await asyncio.sleep(1.0)
+        assert children() == []
+
+
 async def test_sleep_and_wake_on_the_gateways_word(api: FakeApi, runtime: Runtime, kubeconfig: None) -> None:
     gateway = {"name": "gateway", "labels": {"app.kubernetes.io/component": "gateway"}}
     api.put("v1", "pods", {"metadata": gateway, "status": {**pod_status("ready"), "podIP": "127.0.0.1"}})

@@ -310,7 +310,8 @@ async def test_children_whose_deletion_is_heard_of_first_are_not_made_again(
     async with running():
         api.put(*IM, MODEL)
         await bring_up(api)
-        for version, plural, namespace, name in children():
+        while left := children():
+            version, plural, namespace, name = left[0]
             api.remove(version, plural, name, namespace)
         await asyncio.sleep(0.2)
         api.remove(*IM, "smol")

@@ -109,8 +109,7 @@ class EngineCore:
             self.executor.submit(plan)
             self._num_in_flight += 1
             if self._pacer is not None:
-                decodes = plan.num_decodes
-                self._pacer.launched(began, time.perf_counter(), decodes, plan.total_tokens - decodes)
+                self._pacer.launched(began, time.perf_counter(), plan.num_decodes, plan.chunk_tokens)
         outputs: list[EngineOutput] = []
         if self._num_in_flight and (plan is None or self._num_in_flight >= self.executor.depth):
             result = self.executor.collect()

@@ -45,8 +45,9 @@ class StepPlan(msgspec.Struct, array_like=True):
     copies_in: list[tuple[int, int]] = []
 
     @property
-    def total_tokens(self) -> int:
-        return sum(self.num_tokens)
+    def chunk_tokens(self) -> int:
+        """Tokens of the entries that are no decodes."""
+        return sum(self.num_tokens[self.num_decodes :])
 
 
 class StepResult(msgspec.Struct, array_like=True):

@@ -251,7 +251,6 @@ def _merge_kernel(
     D_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
     WINDOW: tl.constexpr,
     SHARED: tl.constexpr,
     PDL: tl.constexpr,
@@ -264,7 +263,7 @@ def _merge_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    splits = tl.arange(0, SPLITS_PAD)
+    splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, D_PAD)
     row = (seq * HQ + head) * SPLITS + splits
     lse = tl.load(lse_ptr + row, mask=splits < used, other=float("-inf"))
@@ -391,7 +390,6 @@ def decode_attention_triton(
                 head_dim_pad,
                 block_n,
                 splits,
-                max(2, splits),
                 sliding_window,
                 prefix_n > 0,
                 pdl,

@@ -2,8 +2,8 @@
 
 A graph covers a whole decode step for a batch size: inputs from the device's tables, the model, logits, greedy tokens and
 their store. Rows that sample otherwise replay the same graph and sample from its logits. Padding rows are the tables'
-spare row, whose block table points at the dummy block. Graphs of larger batches hold the pass over blocks that rows share
-(`kubeinfer.kernels.shared_prefix`), which is told at each replay what they share, if anything.
+spare row, whose block table points at the dummy block. Some larger batches are captured a second time, with the pass over
+blocks that rows share (`kubeinfer.kernels.shared_prefix`), which is told at each replay what they share.
 """
 
 from __future__ import annotations
@@ -89,9 +89,8 @@ class DecodeGraphs:
         self.hidden_in = torch.zeros(0 if self.stage.first else largest, hidden, dtype=dtype, device=device)
         self.hidden_out = torch.zeros(0 if self.stage.last else largest, hidden, dtype=dtype, device=device)
         self._tokens = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._graphs: dict[
-            tuple[int, bool], torch.cuda.CUDAGraph
-        ] = {}  # by size, and whether rows share a prefix
+        # By size, and whether rows share a prefix.
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> Any:
         """Capture every size, the largest first so that the smaller ones reuse its memory; returns the pool."""
@@ -164,17 +163,17 @@ class DecodeGraphs:
         ``hidden_out`` and nothing else.
         """
         batch = len(rows)
-        shares = shared is not None and bool(self._shared_sizes) and batch <= self._shared_sizes[-1]
-        sizes = self._shared_sizes if shares else self.sizes
+        if not self._shared_sizes:
+            shared = None
+        sizes = self.sizes if shared is None else self._shared_sizes  # the largest is the same
         size = sizes[bisect.bisect_left(sizes, batch)]
-        fields = 4 if shares else 2
+        fields = 2 if shared is None else 4
         host = torch.empty(fields, size, dtype=torch.int32, pin_memory=True)
         array = host.numpy()
         array[0, :batch], array[1, :batch] = rows, starts
         array[0, batch:], array[1, batch:] = self.tables.spare_row, 0
-        if shares and shared is not None:
-            array[2], array[3] = -1, 0
+        if shared is not None:
             shared.fill(array[2], array[3])
         self._host_inputs[:fields, :size].copy_(host, non_blocking=True)
-        self._graphs[size, shares].replay()
+        self._graphs[size, shared is not None].replay()
         return self._tokens[:batch], self._logits[:batch]

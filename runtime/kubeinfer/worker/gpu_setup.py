@@ -24,7 +24,6 @@ from kubeinfer.worker.model_runner import ModelRunner
 from kubeinfer.worker.shared_prefix import MIN_BATCH, SharedPrefixFinder
 
 _MOST_PROFILED_TOKENS = 65536
-_LONG_CHUNK = 1024
 _WARM_TOKENS = (96, 160, 224, 288, 352, 448, 576, 704, 896, 1152, 1408, 1792, 2048, 3072, 4096)
 
 
@@ -174,7 +173,6 @@ def warm_up(runner: ModelRunner, max_tokens: int, noted: bool = False) -> None:
         if runner.shared_prefixes is not None and count >= MIN_BATCH:
             steps.append((count, [2], True))
         count *= 2
-    steps.append((1, [_LONG_CHUNK], False))  # whose keys and values are gathered first
     # cuBLAS chooses a kernel by the number of tokens, and loads it when it is first called: not while a request waits.
     steps += [(1, [tokens - 1], False) for tokens in _WARM_TOKENS]
     for decodes, chunks, shares in steps:

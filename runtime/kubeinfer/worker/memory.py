@@ -129,12 +129,14 @@ def gpu_kv_blocks(
     """KV blocks on one GPU, block 0 included. ``peak_bytes``: what the largest step needs beside weights and cache."""
     import torch
 
+    from kubeinfer.worker.mixed_graph import CHUNKS, ROWS
+
     if options.num_gpu_blocks_override is not None:
         return options.num_gpu_blocks_override
     free, total = torch.cuda.mem_get_info(device)
-    # Graphs keep logits of the largest batch, those of steps with prompts of up to 264 rows, and their activations; the
-    # rest covers kernels and the allocator's rounding.
-    rows = 0 if options.enforce_eager else max_num_seqs + min(max_num_seqs + 8, 264)
+    # Graphs keep logits of the largest batch, those of the largest step with prompts, and their activations; the rest
+    # covers kernels and the allocator's rounding.
+    rows = 0 if options.enforce_eager else max_num_seqs + min(max_num_seqs, max(ROWS)) + CHUNKS
     graphs = rows * config.vocab_size * 2
     reserve = peak_bytes + graphs + _GIB
     if options.kv_cache_memory_bytes is not None:

@@ -25,7 +25,7 @@ from kubeinfer.kernels.sampling import sample
 from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.attention import StepContext
 from kubeinfer.worker.packing import Packing
-from kubeinfer.worker.shared_prefix import SharedBlocks
+from kubeinfer.worker.shared_prefix import NOTHING_SHARED, SharedBlocks
 from kubeinfer.worker.tables import RowTables
 
 CHUNKS = 8
@@ -181,6 +181,10 @@ class MixedGraphs:
                 best = most, sizes[at]
         return best
 
+    def takes_shared(self, key: tuple[int, int]) -> bool:
+        """Whether the shape reads what its decodes share once for all."""
+        return "members" in self._shapes[key].fields
+
     def replay(
         self,
         key: tuple[int, int],
@@ -217,10 +221,7 @@ class MixedGraphs:
     ) -> NDArray[np.int64]:
         """Write the step's inputs, padded, into ``buffer``; returns the sequences (of the shape's) that sample."""
         fields, tables, size = shape.packing.host_views(buffer), self.tables, self.block_size
-        decodes, first_chunk = (
-            plan.num_decodes,
-            shape.decodes,
-        )  # entries of the plan, and their place in the shape
+        decodes, first_chunk = plan.num_decodes, shape.decodes  # of the plan's entries, and of the shape's
         used = first_chunk + len(rows) - decodes
         ids, positions, slots = fields["ids"], fields["positions"], fields["slots"]
         ids[:decodes] = _ON_DEVICE
@@ -252,10 +253,7 @@ class MixedGraphs:
         query_start[decodes + 1 : first_chunk + 1] = decodes
         query_start[first_chunk + 1 : used + 1], query_start[used + 1 :] = ends[decodes:], end
         if "members" in fields:
-            fields["members"].fill(-1)
-            fields["shared_tokens"].fill(0)
-            if shared is not None:
-                shared.fill(fields["members"], fields["shared_tokens"])
+            (shared or NOTHING_SHARED).fill(fields["members"], fields["shared_tokens"])
         sampled = np.array(plan.sampled, np.int64)
         real = np.where(sampled < decodes, sampled, sampled + (first_chunk - decodes))
         store_rows = fields["store_rows"]

@@ -124,7 +124,7 @@ class ModelRunner:
             return self._replay(plan, rows, starts)
         if self.mixed_graphs is not None and not self._prompt_logprobs:
             decodes = plan.num_decodes
-            key = self.mixed_graphs.pick(decodes, sum(plan.num_tokens[decodes:]), len(rows) - decodes)
+            key = self.mixed_graphs.pick(decodes, plan.chunk_tokens, len(rows) - decodes)
             if key is not None:
                 return self._replay_mixed(key, plan, rows, starts)
         inputs, step = self._inputs(plan, rows, starts)
@@ -190,7 +190,7 @@ class ModelRunner:
         if graphs is None:
             raise RuntimeError("no graph was captured")
         decodes = plan.num_decodes
-        shared = self._shared_blocks(rows[:decodes], starts[:decodes])
+        shared = self._shared_blocks(rows[:decodes], starts[:decodes]) if graphs.takes_shared(key) else None
         real = graphs.replay(key, plan, rows, starts, shared)
         if not len(real):
             return PendingResult(torch.empty(0, dtype=torch.int64))
@@ -247,10 +247,7 @@ class ModelRunner:
         decodes = plan.num_decodes
         shared = self._shared_blocks(rows[:decodes], starts[:decodes])
         if shared is not None:
-            host["members"], host["shared_tokens"] = (
-                np.full(decodes, -1, np.int32),
-                np.zeros(decodes, np.int32),
-            )
+            host["members"], host["shared_tokens"] = np.empty((2, decodes), np.int32)
             shared.fill(host["members"], host["shared_tokens"])
         inputs = self._upload(host)
         if plan.num_decodes and self.stage.first:

@@ -26,9 +26,14 @@ class SharedBlocks(NamedTuple):
     tokens: int
 
     def fill(self, members: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
-        """Write this to the host's side of a `kubeinfer.kernels.shared_prefix.SharedPrefix` that shares nothing."""
-        members[: len(self.members)] = self.members
+        """Write this to the host's side of a `kubeinfer.kernels.shared_prefix.SharedPrefix`."""
+        count = len(self.members)
+        members[:count], members[count:] = self.members, -1
+        tokens.fill(0)
         tokens[self.members] = self.tokens
+
+
+NOTHING_SHARED = SharedBlocks(np.empty(0, np.int64), 0)
 
 
 class SharedPrefixFinder:

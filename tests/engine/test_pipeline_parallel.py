@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 
+from fixtures.engine_client import request
 from fixtures.reference import random_prompts
 from fixtures.slow_worker import STEP_SECONDS, SlowWorker
 from fixtures.tiny_models import VOCAB_SIZE, tiny_model
@@ -53,17 +54,6 @@ def engine(name: str, **values: Any) -> Iterator[InProcessClient]:
         client.check_integrity()
     finally:
         client.shutdown()
-
-
-def request(name: str, prompt: list[int], count: int = 16, **params: Any) -> EngineRequest:
-    sampling = SamplingParams(**({"temperature": 0.0, "ignore_eos": True} | params))
-    return EngineRequest(
-        request_id=name,
-        prompt_token_ids=prompt,
-        params=sampling,
-        seed=params.get("seed", 0),
-        max_tokens=count,
-    )
 
 
 def run(client: InProcessClient, requests: list[EngineRequest]) -> dict[str, list[EngineOutput]]:

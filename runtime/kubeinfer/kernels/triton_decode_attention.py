@@ -35,10 +35,14 @@ if TYPE_CHECKING:
     from kubeinfer.kernels.shared_prefix import SharedPrefix
 
 _MAX_SPLITS = 64
-# Programs the decode grid aims at: about what 132 multiprocessors hold at once.
+# Programs that few rows are cut into: about what 132 multiprocessors hold at once.
 _DECODE_PROGRAMS = 528
-# Of more programs than that, rows of more keys are cut. A program that finds nothing to do takes about half a microsecond.
-_LONG_ROW_KEYS = 1024
+# Up to so many rows and KV heads: splits of each at least. Contexts are uneven, and the longest row should not be waited for.
+_FEW_ROWS = ((64, 16), (132, 8))
+# Of more than those, up to so many: splits of a row, and the keys from which it is cut. A program that finds nothing to do takes
+# about half a microsecond.
+_MANY_ROWS = ((1056, 8, 256), (2112, 4, 512))
+_MOST_ROWS = (2, 1024)
 # Under batch invariance: splits of any row, and rows of a launch (which bounds the scratch memory).
 _FIXED_SPLITS = 16
 FIXED_ROWS = 512
@@ -288,10 +292,15 @@ def num_splits(num_seqs: int, num_kv_heads: int) -> tuple[int, int]:
     """
     if batch_invariant():
         return _FIXED_SPLITS, 0
-    wanted = _DECODE_PROGRAMS // max(1, num_seqs * num_kv_heads)
-    if wanted < 2:
-        return 4 if num_seqs * num_kv_heads < 2 * _DECODE_PROGRAMS else 2, _LONG_ROW_KEYS
-    return int(min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1))), 0
+    rows = max(1, num_seqs * num_kv_heads)
+    for most, splits in _FEW_ROWS:
+        if rows <= most:
+            wanted = _DECODE_PROGRAMS // rows
+            return max(splits, min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1))), 0
+    for most, splits, least in _MANY_ROWS:
+        if rows <= most:
+            return splits, least
+    return _MOST_ROWS
 
 
 def workspace_rows(max_seqs: int, num_heads: int, num_kv_heads: int) -> int:
@@ -307,7 +316,7 @@ def _decode_config(head_dim: int, splits: int, wide: bool, fp8: bool) -> tuple[i
     if wide:  # fp32: for tests and exactness, not for speed
         return 32, 4, 2
     kind = "fp8" if fp8 else "16bit"
-    cut = "whole" if splits == 1 else "few" if splits < 16 else "many"
+    cut = "whole" if splits == 1 else "few" if splits <= 16 else "many"
     found = tuned.lookup("attention", f"decode/d{head_dim}/{kind}/{cut}")
     if found is not None:
         return found["block_n"], found["num_warps"], found["num_stages"]

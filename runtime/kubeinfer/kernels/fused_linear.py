@@ -1,10 +1,12 @@
 """Linear layers with what stands before and after them: RMS norm, gated activation, residual addition.
 
 A few tokens on a GPU take one kernel each (`kubeinfer.kernels.triton_linear`), which also spares the rounding between the
-parts; all else runs the parts one after the other.
+parts, and so do product and gate of many (`kubeinfer.kernels.triton_gated_matmul`); all else runs the parts one after the other.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +15,12 @@ from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.linear import PackedWeight, few_rows_config, linear
 from kubeinfer.kernels.norm import rms_norm
+
+if TYPE_CHECKING:
+    from kubeinfer.kernels.triton_gated_matmul import GatedMatmulConfig
+
+# The fewest tokens that our gated product takes: of fewer its tiles fill the GPU badly.
+MIN_MANY_ROWS = 1024
 
 
 def norm_linear(
@@ -50,11 +58,34 @@ def gated_linear(
     if config is None:
         if norm_weight is not None:
             x = rms_norm(x, norm_weight, eps)
-        return silu_and_mul(linear(x, weight, bias, packed))
+        many = many_rows_config(x, weight, inner)
+        if many is None:
+            return silu_and_mul(linear(x, weight, bias, packed))
+        from kubeinfer.kernels.triton_gated_matmul import gated_matmul_triton
+
+        return gated_matmul_triton(x, weight, bias, x.new_empty(x.shape[0], inner), many)
     from kubeinfer.kernels.triton_linear import linear_triton
 
     out = torch.empty(x.shape[0], inner, dtype=x.dtype, device=x.device)
     return linear_triton(x, weight, bias, out, config, norm_weight, eps, gated=True)
+
+
+def many_rows_config(x: Tensor, weight: Tensor, inner: int) -> GatedMatmulConfig | None:
+    """The launch configuration of our GPU kernel for the gated product of many tokens; None where cuBLAS serves it.
+
+    ``x [T, K]``, ``weight [2 inner, K]``.
+    """
+    if not x.is_cuda or x.dim() != 2 or x.shape[0] < MIN_MANY_ROWS or batch_invariant():
+        return None
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+        return None
+    if any(
+        t.stride(1) != 1 or t.stride(0) % 8 or t.data_ptr() % 16 for t in (x, weight)
+    ):  # the copy engine's alignment
+        return None
+    from kubeinfer.kernels.triton_gated_matmul import find_gated_config
+
+    return find_gated_config(inner, x.shape[1])
 
 
 def add_linear(

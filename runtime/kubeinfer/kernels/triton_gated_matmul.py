@@ -1,0 +1,162 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment,misc"
+"""Triton kernel of `kubeinfer.kernels.fused_linear` for many tokens: a product whose epilogue is the gated activation.
+
+A program sums a tile of gates and the tile of ups that belongs to it, so that what goes to memory is half of what cuBLAS writes,
+and no second kernel reads it back. One program a multiprocessor goes through tiles (persistent); the copy engine (TMA) fetches
+the operands and writes the result. Its bounds are the tensors', so that no size needs to be a multiple of a tile's: what is read
+past the end is zero, what is written there is dropped.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kubeinfer.kernels import tuned
+from kubeinfer.kernels.triton_launch import Kernel, has_tensor_memory_accelerator, overlaps_launches
+
+
+@triton.jit(do_not_specialize=["m"])
+def _gated_kernel(
+    x_rows,
+    weight_rows,
+    out_rows,
+    bias_ptr,
+    m,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
+    SERPENTINE: tl.constexpr,
+    HALVES: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    dtype: tl.constexpr = bias_ptr.dtype.element_ty
+    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    rows = tl.cdiv(m, BLOCK_M)
+    for tile in tl.range(tl.program_id(0), rows * COLUMNS, PROGRAMS):
+        # Tiles of GROUP rows and the same columns are neighbours in time: they share weights in the L2 cache.
+        group = tile // (GROUP * COLUMNS)
+        within = tile % (GROUP * COLUMNS)
+        height = tl.minimum(rows - group * GROUP, GROUP)
+        column = within // height
+        if SERPENTINE:  # the next group begins with the weights that this one ended with
+            column = tl.where(group % 2 == 0, column, COLUMNS - 1 - column)
+        row = (group * GROUP + within % height) * BLOCK_M
+        column *= BLOCK_N
+
+        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in tl.range(0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
+            x = x_rows.load([row, k * BLOCK_K])
+            # The last tile of gates may reach into the ups: columns of the result that are not written.
+            w_gate = weight_rows.load([column, k * BLOCK_K])
+            w_up = weight_rows.load([N + column, k * BLOCK_K])
+            gate = tl.dot(x, tl.trans(w_gate), gate)
+            up = tl.dot(x, tl.trans(w_up), up)
+        if HAS_BIAS:
+            outputs = column + tl.arange(0, BLOCK_N)
+            gate += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias_ptr + N + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
+        result = (gate / (1.0 + tl.exp(-gate)) * up).to(dtype)
+        if HALVES:  # takes half the shared memory on its way out
+            left, right = tl.split(tl.permute(tl.reshape(result, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+            out_rows.store([row, column], left)
+            out_rows.store([row, column + BLOCK_N // 2], right)
+        else:
+            out_rows.store([row, column], result)
+
+
+_GATED = Kernel(_gated_kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMatmulConfig:
+    """Tokens, outputs and inputs of a step, warps, steps in flight, and rows of tiles that share weights in the L2 cache.
+
+    ``serpentine``: every other group of rows goes through the outputs backwards. ``halves``: a tile is written in two parts.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    stages: int
+    group: int
+    serpentine: bool = False
+    halves: bool = False
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of shared memory that a program takes: the steps in flight, what is written, and their barriers."""
+        step = self.block_k * (self.block_m + 2 * self.block_n)
+        return 2 * (self.stages * step + self.block_m * self.block_n // (2 if self.halves else 1)) + 256
+
+
+@functools.cache
+def find_gated_config(n: int, k: int) -> GatedMatmulConfig | None:
+    """The configuration for ``n`` outputs of ``k`` inputs; None where cuBLAS is as fast, nothing is known, or the GPU lacks the
+    copy engine or the shared memory."""
+    if n % 8 or k % 8 or not has_tensor_memory_accelerator():
+        return None
+    found = tuned.lookup("linear", f"gated_matmul/{n}x{k}")
+    if found is None:
+        return None
+    config = GatedMatmulConfig(**found)
+    most = int(torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin)
+    return config if config.shared_bytes <= most else None
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def gated_matmul_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, config: GatedMatmulConfig
+) -> Tensor:
+    """``out = silu(gate) * up`` of ``x @ weight.T + bias``, summed and gated in fp32; returns ``out``.
+
+    Args:
+        x: ``[T, K]`` of 16-bit numbers, T at least 1.
+        weight: ``[2 N, K]`` in ``x``'s dtype, gates first; N and K multiples of 8.
+        bias: ``[2 N]`` in ``x``'s dtype.
+        out: ``[T, N]`` in ``x``'s dtype.
+
+    Rows of all of them are contiguous and begin at multiples of 16 bytes.
+    """
+    m, k = x.shape
+    n = out.shape[1]
+    columns = config.block_n // (2 if config.halves else 1)
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    programs = _processors(x.device)
+    pdl = overlaps_launches()
+    block = [config.block_n, config.block_k]
+    args = (
+        TensorDescriptor(x, [m, k], [x.stride(0), 1], [config.block_m, config.block_k]),
+        TensorDescriptor(weight, [2 * n, k], [weight.stride(0), 1], block),
+        TensorDescriptor(out, [m, n], [out.stride(0), 1], [config.block_m, columns]),
+        bias if bias is not None else x, m,
+    )  # fmt: skip
+    constants = (
+        n, k, bias is not None, config.block_m, config.block_n, config.block_k, config.stages, config.group,
+        config.serpentine, config.halves, programs, pdl,
+    )  # fmt: skip
+    _GATED.launch((min(programs, tiles), 1, 1), args, constants, config.num_warps, config.stages, pdl=pdl)
+    return out

@@ -1,0 +1,192 @@
+"""The gated product of many tokens against float64: sizes that fit no tile, tensors that are parts of larger ones."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kubeinfer.kernels import batch_invariance, fused_linear
+from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS, gated_linear, many_rows_config
+
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 6e-3}
+# Triton's interpreter multiplies no bfloat16.
+DTYPES = [torch.float16] if os.environ.get("TRITON_INTERPRET") == "1" else list(TOLERANCE)
+TOKENS = (1, 127, 128, 300, 1024 + 17)
+# tokens, outputs and inputs of a step, warps, stages, rows that share weights, serpentine, halves
+SHIPPED: tuple[Any, ...] = (128, 128, 64, 8, 4, 8, False, False)
+OTHERS: list[tuple[Any, ...]] = [
+    (128, 128, 64, 8, 4, 2, True, False),
+    (128, 128, 64, 8, 4, 4, False, True),
+    (128, 64, 64, 4, 4, 3, True, True),
+]
+
+
+def on_gpu(device: str) -> None:
+    if not torch.zeros(1, device=device).is_cuda:
+        pytest.skip("about the kernel for GPUs")
+    from kubeinfer.kernels import triton_launch
+
+    if not (triton_launch.has_tensor_memory_accelerator() or triton_launch._INTERPRETED):
+        pytest.skip("about GPUs with a copy engine")
+
+
+def part_of(rows: int, columns: int, scale: float, dtype: torch.dtype, outside: float = float("nan")) -> Tensor:
+    """Random numbers in the corner of a larger tensor whose other numbers must not be seen."""
+    whole = torch.full((rows + 3, columns + 24), outside, dtype=dtype)
+    whole[:rows, :columns] = (torch.randn(rows, columns) * scale).to(dtype)
+    return whole
+
+
+def want(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.double().cpu() @ weight.double().cpu().T
+    gate, up = (y if bias is None else y + bias.double().cpu()).chunk(2, 1)
+    return F.silu(gate) * up
+
+
+def run(
+    device: str, m: int, n: int, k: int, with_bias: bool, dtype: torch.dtype, config: tuple[Any, ...]
+) -> None:
+    from kubeinfer.kernels.triton_gated_matmul import GatedMatmulConfig, gated_matmul_triton
+
+    x = part_of(m, k, 1.0, dtype).to(device)[:m, :k]
+    weight = part_of(2 * n, k, 1.5 * k**-0.5, dtype).to(device)[: 2 * n, :k]
+    bias = torch.randn(2 * n).to(dtype).to(device) if with_bias else None
+    whole = part_of(m, n, 1.0, dtype, 7.0).to(device)
+    out = whole[:m, :n]
+    assert gated_matmul_triton(x, weight, bias, out, GatedMatmulConfig(*config)) is out
+    exact = want(x, weight, bias)
+    assert (out.double().cpu() - exact).norm() / exact.norm() < TOLERANCE[dtype]
+    # Each row and each column: a wrong edge would hardly show in the whole.
+    for dim in (0, 1):
+        error = (out.double().cpu() - exact).norm(dim=dim) / (exact.norm(dim=dim) + 0.05)
+        assert error.max() < 5 * TOLERANCE[dtype]
+    assert (whole[m:] == 7.0).all()
+    assert (whole[:, n:] == 7.0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [64, 200, 896])
+@pytest.mark.parametrize("n", [136, 256, 1000])
+def test_any_size(device: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu(device)
+    from kubeinfer.kernels import triton_gated_matmul
+
+    monkeypatch.setattr(triton_gated_matmul, "_processors", lambda _: 5)  # each program has several tiles
+    torch.manual_seed(n + k)
+    dtype = DTYPES[(n // 8 + k // 8) % len(DTYPES)]
+    for m in TOKENS:
+        run(device, m, n, k, n == 256 or k == 200, dtype, SHIPPED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", OTHERS)
+def test_other_configurations(
+    device: str, config: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(device)
+    from kubeinfer.kernels import triton_gated_matmul
+
+    monkeypatch.setattr(triton_gated_matmul, "_processors", lambda _: 5)
+    torch.manual_seed(1)
+    for m in TOKENS:
+        run(device, m, 328, 200, True, DTYPES[-1], config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+def test_gated_linear_takes_it_for_many_tokens(
+    device: str, dtype: torch.dtype, normed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(device)
+    from kubeinfer.kernels import triton_gated_matmul
+
+    config = triton_gated_matmul.GatedMatmulConfig(*SHIPPED)
+    taken: list[int] = []
+    kernel = triton_gated_matmul.gated_matmul_triton
+
+    def spied(x: Tensor, *others: Any) -> Tensor:
+        taken.append(len(x))
+        return kernel(x, *others)
+
+    monkeypatch.setattr(triton_gated_matmul, "find_gated_config", lambda n, k: config)
+    monkeypatch.setattr(triton_gated_matmul, "gated_matmul_triton", spied)
+    if device == "cpu":
+        monkeypatch.setattr(triton_gated_matmul, "_processors", lambda _: 132)
+    torch.manual_seed(2)
+    n, k = 1032, 256
+    weight, bias = (torch.randn(2 * n, k) * k**-0.5).to(dtype), torch.randn(2 * n).to(dtype)
+    scale = (torch.rand(k) + 0.5).to(dtype)
+    for m in (MIN_MANY_ROWS - 1, MIN_MANY_ROWS, 2 * MIN_MANY_ROWS + 5):
+        x = torch.randn(m, k).to(dtype)
+        if normed:
+            got = gated_linear(x.to(device), weight.to(device), bias.to(device), None, scale.to(device), 1e-6)
+            given = x.double() * torch.rsqrt(x.double().pow(2).mean(1, keepdim=True) + 1e-6) * scale.double()
+        else:
+            got, given = gated_linear(x.to(device), weight.to(device), bias.to(device)), x
+        exact = want(given, weight, bias)
+        assert got.shape == (m, n)
+        assert got.dtype == dtype
+        assert (got.double().cpu() - exact).norm() / exact.norm() < TOLERANCE[dtype] * 1.5
+    assert taken == [MIN_MANY_ROWS, 2 * MIN_MANY_ROWS + 5]
+
+
+@pytest.mark.gpu
+def test_a_real_layer_is_captured_in_a_graph(device: str) -> None:
+    """More tiles than multiprocessors, replayed with other inputs; equal to the bit each time."""
+    on_gpu(device)
+    if device != "cuda":
+        pytest.skip("about CUDA graphs")
+    weight = torch.randn(2 * 5000, 1024, dtype=torch.bfloat16, device=device) * 0.03
+    from kubeinfer.kernels.triton_gated_matmul import GatedMatmulConfig, gated_matmul_triton
+
+    x = torch.randn(2048, 1024, dtype=torch.bfloat16, device=device)
+    out = torch.empty(2048, 5000, dtype=torch.bfloat16, device=device)
+    config = GatedMatmulConfig(*SHIPPED)
+    gated_matmul_triton(x, weight, None, out, config)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x.mul_(0.5)  # the kernel starts while this one ends, and must see what it writes
+        gated_matmul_triton(x, weight, None, out, config)
+        x.mul_(2.0)  # and what starts while the kernel ends must not be seen by it
+    first = None
+    for _ in range(50):
+        out.fill_(float("nan"))
+        graph.replay()
+        first = out.clone() if first is None else first
+        assert torch.equal(out, first)
+    y = (x * 0.5).float() @ weight.float().T
+    exact = F.silu(y[:, :5000]) * y[:, 5000:]
+    assert first is not None
+    assert (first.float() - exact).norm() / exact.norm() < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_what_it_does_not_take(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu(device)
+    from kubeinfer.kernels import triton_gated_matmul
+
+    config = triton_gated_matmul.GatedMatmulConfig(*SHIPPED)
+    monkeypatch.setattr(triton_gated_matmul, "find_gated_config", lambda n, k: config)
+    x = torch.zeros(MIN_MANY_ROWS + 1, 72, dtype=torch.bfloat16, device=device)
+    weight = torch.zeros(32, 72, dtype=torch.bfloat16, device=device)
+    assert many_rows_config(x, weight, 16) is config
+    assert many_rows_config(x[2:], weight, 16) is None
+    assert many_rows_config(x.float(), weight.float(), 16) is None
+    assert many_rows_config(x, weight.half(), 16) is None
+    assert many_rows_config(x[:, 1:65], weight[:, :64], 16) is None  # begins at no multiple of 16 bytes
+    assert many_rows_config(x.new_zeros(MIN_MANY_ROWS, 68), weight[:, :68], 16) is None
+    assert many_rows_config(x.t().contiguous().t(), weight, 16) is None
+    monkeypatch.setattr(fused_linear, "batch_invariant", lambda: True)
+    assert many_rows_config(x, weight, 16) is None
+
+
+def test_cpu_tensors_never_take_it() -> None:
+    assert not batch_invariance.batch_invariant()
+    x = torch.zeros(MIN_MANY_ROWS, 64, dtype=torch.bfloat16)
+    assert many_rows_config(x, torch.zeros(32, 64, dtype=torch.bfloat16), 16) is None

@@ -17,11 +17,11 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 6e-3}
 # Triton's interpreter multiplies no bfloat16.
 DTYPES = [torch.float16] if os.environ.get("TRITON_INTERPRET") == "1" else list(TOLERANCE)
 TOKENS = (1, 127, 128, 300, 1024 + 17)
-# tokens, outputs and inputs of a step, warps, stages, rows that share weights, serpentine, halves
-SHIPPED: tuple[Any, ...] = (128, 128, 64, 8, 4, 8, False, False)
+# tokens, outputs and inputs of a step, warps, stages, rows that share weights, serpentine, joint
+JOINT: tuple[Any, ...] = (128, 128, 64, 8, 4, 8, False, True)
 OTHERS: list[tuple[Any, ...]] = [
-    (128, 128, 64, 8, 4, 2, True, False),
-    (128, 128, 64, 8, 4, 4, False, True),
+    (128, 128, 64, 8, 4, 8, False, False),
+    (128, 128, 64, 8, 4, 2, True, True),
     (128, 64, 64, 4, 4, 3, True, True),
 ]
 
@@ -35,7 +35,9 @@ def on_gpu(device: str) -> None:
         pytest.skip("about GPUs with a copy engine")
 
 
-def part_of(rows: int, columns: int, scale: float, dtype: torch.dtype, outside: float = float("nan")) -> Tensor:
+def part_of(
+    rows: int, columns: int, scale: float, dtype: torch.dtype, outside: float = float("nan")
+) -> Tensor:
     """Random numbers in the corner of a larger tensor whose other numbers must not be seen."""
     whole = torch.full((rows + 3, columns + 24), outside, dtype=dtype)
     whole[:rows, :columns] = (torch.randn(rows, columns) * scale).to(dtype)
@@ -80,14 +82,12 @@ def test_any_size(device: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch) 
     torch.manual_seed(n + k)
     dtype = DTYPES[(n // 8 + k // 8) % len(DTYPES)]
     for m in TOKENS:
-        run(device, m, n, k, n == 256 or k == 200, dtype, SHIPPED)
+        run(device, m, n, k, n == 256 or k == 200, dtype, JOINT)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", OTHERS)
-def test_other_configurations(
-    device: str, config: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_configurations(device: str, config: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(device)
     from kubeinfer.kernels import triton_gated_matmul
 
@@ -106,7 +106,7 @@ def test_gated_linear_takes_it_for_many_tokens(
     on_gpu(device)
     from kubeinfer.kernels import triton_gated_matmul
 
-    config = triton_gated_matmul.GatedMatmulConfig(*SHIPPED)
+    config = triton_gated_matmul.GatedMatmulConfig(*JOINT)
     taken: list[int] = []
     kernel = triton_gated_matmul.gated_matmul_triton
 
@@ -147,7 +147,7 @@ def test_a_real_layer_is_captured_in_a_graph(device: str) -> None:
 
     x = torch.randn(2048, 1024, dtype=torch.bfloat16, device=device)
     out = torch.empty(2048, 5000, dtype=torch.bfloat16, device=device)
-    config = GatedMatmulConfig(*SHIPPED)
+    config = GatedMatmulConfig(*JOINT)
     gated_matmul_triton(x, weight, None, out, config)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -171,7 +171,7 @@ def test_what_it_does_not_take(device: str, monkeypatch: pytest.MonkeyPatch) -> 
     on_gpu(device)
     from kubeinfer.kernels import triton_gated_matmul
 
-    config = triton_gated_matmul.GatedMatmulConfig(*SHIPPED)
+    config = triton_gated_matmul.GatedMatmulConfig(*JOINT)
     monkeypatch.setattr(triton_gated_matmul, "find_gated_config", lambda n, k: config)
     x = torch.zeros(MIN_MANY_ROWS + 1, 72, dtype=torch.bfloat16, device=device)
     weight = torch.zeros(32, 72, dtype=torch.bfloat16, device=device)

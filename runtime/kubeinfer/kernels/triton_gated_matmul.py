@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -40,14 +41,13 @@ def _gated_kernel(
     STAGES: tl.constexpr,
     GROUP: tl.constexpr,
     SERPENTINE: tl.constexpr,
-    HALVES: tl.constexpr,
+    JOINT: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    dtype: tl.constexpr = bias_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     rows = tl.cdiv(m, BLOCK_M)
     for tile in tl.range(tl.program_id(0), rows * COLUMNS, PROGRAMS):
@@ -61,26 +61,29 @@ def _gated_kernel(
         row = (group * GROUP + within % height) * BLOCK_M
         column *= BLOCK_N
 
-        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in tl.range(0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
-            x = x_rows.load([row, k * BLOCK_K])
-            # The last tile of gates may reach into the ups: columns of the result that are not written.
-            w_gate = weight_rows.load([column, k * BLOCK_K])
-            w_up = weight_rows.load([N + column, k * BLOCK_K])
-            gate = tl.dot(x, tl.trans(w_gate), gate)
-            up = tl.dot(x, tl.trans(w_up), up)
+        if JOINT:
+            sums = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+            for k in tl.range(0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
+                x = x_rows.load([row, k * BLOCK_K])
+                w = tl.reshape(weight_rows.load([0, column, k * BLOCK_K]), [2 * BLOCK_N, BLOCK_K])
+                sums = tl.dot(x, tl.trans(w), sums)
+            gate, up = tl.split(tl.permute(tl.reshape(sums, [BLOCK_M, 2, BLOCK_N]), [0, 2, 1]))
+        else:
+            gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for k in tl.range(0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
+                x = x_rows.load([row, k * BLOCK_K])
+                w_gate = tl.reshape(weight_rows.load([0, column, k * BLOCK_K]), [BLOCK_N, BLOCK_K])
+                w_up = tl.reshape(weight_rows.load([1, column, k * BLOCK_K]), [BLOCK_N, BLOCK_K])
+                gate = tl.dot(x, tl.trans(w_gate), gate)
+                up = tl.dot(x, tl.trans(w_up), up)
         if HAS_BIAS:
             outputs = column + tl.arange(0, BLOCK_N)
             gate += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias_ptr + N + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
-        result = (gate / (1.0 + tl.exp(-gate)) * up).to(dtype)
-        if HALVES:  # takes half the shared memory on its way out
-            left, right = tl.split(tl.permute(tl.reshape(result, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
-            out_rows.store([row, column], left)
-            out_rows.store([row, column + BLOCK_N // 2], right)
-        else:
-            out_rows.store([row, column], result)
+        result = gate / (1.0 + tl.exp(-gate)) * up
+        # On its way while the next tile is summed: it has shared memory of its own.
+        out_rows.store([row, column], result.to(bias_ptr.dtype.element_ty))
 
 
 _GATED = Kernel(_gated_kernel)
@@ -90,7 +93,8 @@ _GATED = Kernel(_gated_kernel)
 class GatedMatmulConfig:
     """Tokens, outputs and inputs of a step, warps, steps in flight, and rows of tiles that share weights in the L2 cache.
 
-    ``serpentine``: every other group of rows goes through the outputs backwards. ``halves``: a tile is written in two parts.
+    ``serpentine``: every other group of rows goes through the outputs backwards. ``joint``: gates and ups are one operand, so that
+    the tensor cores read the tokens' numbers from shared memory once for both.
     """
 
     block_m: int
@@ -100,13 +104,13 @@ class GatedMatmulConfig:
     stages: int
     group: int
     serpentine: bool = False
-    halves: bool = False
+    joint: bool = False
 
     @property
     def shared_bytes(self) -> int:
         """Of shared memory that a program takes: the steps in flight, what is written, and their barriers."""
         step = self.block_k * (self.block_m + 2 * self.block_n)
-        return 2 * (self.stages * step + self.block_m * self.block_n // (2 if self.halves else 1)) + 256
+        return 2 * (self.stages * step + self.block_m * self.block_n) + 256
 
 
 @functools.cache
@@ -115,7 +119,7 @@ def find_gated_config(n: int, k: int) -> GatedMatmulConfig | None:
     copy engine or the shared memory."""
     if n % 8 or k % 8 or not has_tensor_memory_accelerator():
         return None
-    found = tuned.lookup("linear", f"gated_matmul/{n}x{k}")
+    found: Any = tuned.lookup("linear", f"gated_matmul/{n}x{k}")
     if found is None:
         return None
     config = GatedMatmulConfig(**found)
@@ -143,20 +147,19 @@ def gated_matmul_triton(
     """
     m, k = x.shape
     n = out.shape[1]
-    columns = config.block_n // (2 if config.halves else 1)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     programs = _processors(x.device)
     pdl = overlaps_launches()
-    block = [config.block_n, config.block_k]
+    block = [2 if config.joint else 1, config.block_n, config.block_k]
     args = (
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [config.block_m, config.block_k]),
-        TensorDescriptor(weight, [2 * n, k], [weight.stride(0), 1], block),
-        TensorDescriptor(out, [m, n], [out.stride(0), 1], [config.block_m, columns]),
+        TensorDescriptor(weight, [2, n, k], [n * weight.stride(0), weight.stride(0), 1], block),
+        TensorDescriptor(out, [m, n], [out.stride(0), 1], [config.block_m, config.block_n]),
         bias if bias is not None else x, m,
     )  # fmt: skip
     constants = (
         n, k, bias is not None, config.block_m, config.block_n, config.block_k, config.stages, config.group,
-        config.serpentine, config.halves, programs, pdl,
+        config.serpentine, config.joint, programs, pdl,
     )  # fmt: skip
     _GATED.launch((min(programs, tiles), 1, 1), args, constants, config.num_warps, config.stages, pdl=pdl)
     return out

@@ -12,6 +12,7 @@ from kubeinfer.engine.plan import NewRow, StepPlan
 from kubeinfer.kernels.attention import decode_workspace
 from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.compile_ahead import compile_ahead
+from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS
 from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.attention import StepContext, each_token_alone
 from kubeinfer.layers.parallel import Group, Stage
@@ -75,16 +76,19 @@ def profile_largest_step(
     key: str,
     group: Group,
 ) -> int:
-    """Bytes that the largest step needs beside weights and cache: one is run, on a cache of one page.
+    """Bytes that the largest step needs beside weights and cache: it is run, on a cache of one page.
+
+    So is the largest whose gates and ups are written to memory: it may need more.
 
     ``key`` says what model and options this is: kernels are compiled ahead once for each.
     """
     tokens = min(max_tokens, _MOST_PROFILED_TOKENS)
-    ids, step = dummy_step(page, block_size, 0, [tokens])
-    device = ids.device
+    steps = [dummy_step(page, block_size, 0, [n]) for n in sorted({tokens, min(tokens, MIN_MANY_ROWS - 1)})]
+    device = page[0].device
 
     def whole() -> None:
-        _forward(model, ids, step, stage, max_num_seqs)
+        for ids, step in steps:
+            _forward(model, ids, step, stage, max_num_seqs)
 
     compile_ahead(whole, f"profile {key}", processes(group, stage), group.smallest)
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,196 @@
+#!/usr/bin/env python3
+"""Tunes gate and up projections of many tokens: cuBLAS and an activation kernel, or our product that has it in its epilogue.
+
+    PYTHONPATH=runtime python3 benchmarks/gpu_gated.py [--models 7B,32B/2] [--tokens 1024,8192] [--out gated.json]
+
+Each candidate is checked, then timed in turns of a third of a second without a pause: such products draw the power that a GPU
+is allowed, its clock sinks, and what is fast in a short burst need not be. cuBLAS has the first turn and the last. An entry is
+kept if one configuration saves time at every timed number of tokens that the engine would use it for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kubeinfer.kernels.activation import silu_and_mul
+from kubeinfer.kernels.compile_ahead import compile_launches, noted_launches
+from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS
+from kubeinfer.kernels.linear import linear
+from kubeinfer.kernels.triton_gated_matmul import GatedMatmulConfig, gated_matmul_triton
+
+TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
+# gated outputs and inputs
+SHAPES = {
+    "7B": (18944, 3584),
+    "32B/2": (13824, 5120),
+    "7B/2": (9472, 3584),
+    "0.5B": (4864, 896),
+    "Llama-8B": (14336, 4096),
+    "Qwen3-8B": (12288, 4096),
+}
+_TURNS_BYTES = 384 << 20
+_LEAST_SAVED = 0.01
+_MOST_ERROR = 4e-3
+
+
+def candidates() -> list[GatedMatmulConfig]:
+    first = GatedMatmulConfig(128, 128, 64, 8, 4, 8)
+    return [
+        first,
+        *(replace(first, joint=True, group=group) for group in (8, 4, 16, 32)),
+        *(replace(first, joint=True, group=group, serpentine=True) for group in (8, 16)),
+    ]
+
+
+def as_run(config: GatedMatmulConfig, m: int) -> GatedMatmulConfig:
+    """What ``config`` comes to: with few rows of tiles some candidates are the same."""
+    rows = -(-m // config.block_m)
+    return replace(
+        config, group=min(config.group, rows), serpentine=config.serpentine and rows > config.group
+    )
+
+
+def short(config: GatedMatmulConfig) -> str:
+    return f"g{config.group}{' serpentine' if config.serpentine else ''}{' joint' if config.joint else ''}"
+
+
+def random(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.empty(*shape, device="cuda", dtype=torch.bfloat16).normal_(0, scale)
+
+
+def compile_all(n: int, k: int, configs: list[GatedMatmulConfig]) -> None:
+    x, weight, out = random(256, k), random(2 * n, k), random(256, n)
+    with noted_launches() as launches:
+        for config in configs:
+            gated_matmul_triton(x, weight, None, out, config)
+    major, minor = torch.cuda.get_device_capability()
+    compile_launches(launches, min(8, os.cpu_count() or 1), 10 * major + minor)
+
+
+def wrong(n: int, k: int, config: GatedMatmulConfig) -> str | None:
+    """Run ``config`` on numbers of tokens that fit no tile; what is wrong with it."""
+    weight = random(2 * n, k, scale=k**-0.5)
+    for m in (77, 1024 + 300):
+        x, out = random(m, k), random(m, n)
+        try:
+            gated_matmul_triton(x, weight, None, out, config)
+            gate, up = (x.float() @ weight.float().t()).chunk(2, 1)
+        except Exception as exc:  # reported: one bad candidate must not end the run
+            return f"{type(exc).__name__} {exc}"[:200]
+        exact = F.silu(gate) * up
+        error = float((out.float() - exact).norm() / exact.norm())
+        if not error < _MOST_ERROR:
+            return f"relative error {error:.2e} of {m} tokens"
+    return None
+
+
+def microseconds(run: Callable[[Tensor], object], weights: list[Tensor], seconds: float) -> float:
+    """Mean time of a call in ``seconds`` of replays, one after the other, of a graph of one call a weight."""
+    run(weights[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            run(weight)
+
+    def replays(count: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(count):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e3
+
+    count = max(2, int(seconds * 1e6 / replays(2) * 2))
+    return replays(count) / count / len(weights)
+
+
+def time_shape(name: str, tokens: list[int], seconds: float) -> GatedMatmulConfig | None:
+    """Print the times of a shape; the configuration to use, if any."""
+    n, k = SHAPES[name]
+    compile_all(n, k, candidates())
+    right = []
+    for config in candidates():
+        found = wrong(n, k, config)
+        if found is None:
+            right.append(config)
+        else:
+            print(f"{name} {short(config)}: {found}", flush=True)
+    torch.cuda.empty_cache()
+    weights = [random(2 * n, k, scale=k**-0.5) for _ in range(max(2, min(24, _TURNS_BYTES // (4 * n * k))))]
+    saved: dict[GatedMatmulConfig, list[float]] = {config: [] for config in right}
+    for m in tokens:
+        x, both, out = random(m, k), random(m, 2 * n), random(m, n)
+
+        def parts(weight: Tensor, x: Tensor = x, both: Tensor = both, out: Tensor = out) -> None:
+            silu_and_mul(linear(x, weight, None, None, both), out)
+
+        def ours(config: GatedMatmulConfig, x: Tensor = x, out: Tensor = out) -> Callable[[Tensor], object]:
+            return lambda weight: gated_matmul_triton(x, weight, None, out, config)
+
+        first = microseconds(parts, weights, seconds)
+        times: dict[GatedMatmulConfig, float] = {}
+        for config in right:
+            if as_run(config, m) not in times:
+                times[as_run(config, m)] = microseconds(ours(config), weights, seconds)
+        last = microseconds(parts, weights, seconds)
+        base = (first + last) / 2
+        flops = 4e-6 * m * n * k
+        print(
+            f"{name:8} {n}x{k} m{m:<6} cuBLAS {first:7.1f} {last:7.1f} us ({flops / base:.0f} TFLOP/s)  "
+            + "  ".join(
+                f"{short(c)} {t:.1f} ({flops / t:.0f}, {1 - t / base:+.1%})" for c, t in times.items()
+            ),
+            flush=True,
+        )
+        if m >= MIN_MANY_ROWS:
+            for config in right:
+                saved[config].append(1 - times[as_run(config, m)] / base)
+        del both
+    winners = [(sum(parts), config) for config, parts in saved.items() if min(parts, default=0) > 0]
+    if not winners:
+        return None
+    total, config = max(winners, key=lambda winner: winner[0])
+    mean = total / len(saved[config])
+    print(f"{name:8} best: {short(config)}, {mean:.1%} saved", flush=True)
+    return config if mean >= _LEAST_SAVED else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="7B,32B/2", help=f"of: {', '.join(SHAPES)}")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--seconds", type=float, default=0.3, help="of a turn")
+    parser.add_argument("--out", type=Path, help="where the entries for the tuned table go")
+    options = parser.parse_args()
+    tokens = [int(t) for t in options.tokens.split(",")]
+    table = {}
+    began = time.perf_counter()
+    for name in options.models.split(","):
+        config = time_shape(name, tokens, options.seconds)
+        n, k = SHAPES[name]
+        if config is not None:
+            table[f"gated_matmul/{n}x{k}"] = asdict(config)
+        torch.cuda.empty_cache()
+        print(f"{time.perf_counter() - began:.0f} s", flush=True)
+    for key, entry in table.items():
+        print(f"  {json.dumps(key)}: {json.dumps(entry)},")
+    if options.out is not None:
+        options.out.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

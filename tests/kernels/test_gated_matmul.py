@@ -137,6 +137,23 @@ def test_gated_linear_takes_it_for_many_tokens(
 
 
 @pytest.mark.gpu
+def test_any_number_of_tokens_is_one_variant(device: str) -> None:
+    """No request waits for a compiler because its step has another number of tokens."""
+    on_gpu(device)
+    if device != "cuda":
+        pytest.skip("about compiled kernels")
+    from kubeinfer.kernels.compile_ahead import noted_launches
+    from kubeinfer.kernels.triton_gated_matmul import GatedMatmulConfig, gated_matmul_triton
+
+    weight = torch.zeros(2 * 72, 64, dtype=torch.float16, device=device)
+    with noted_launches() as found:
+        for m in (1, 16, 1024, 1500):
+            x = torch.zeros(m, 64, dtype=torch.float16, device=device)
+            gated_matmul_triton(x, weight, None, x.new_empty(m, 72), GatedMatmulConfig(*JOINT))
+    assert len(found) == 1
+
+
+@pytest.mark.gpu
 def test_a_real_layer_is_captured_in_a_graph(device: str) -> None:
     """More tiles than multiprocessors, replayed with other inputs; equal to the bit each time."""
     on_gpu(device)

@@ -50,6 +50,7 @@ def candidates() -> list[GatedMatmulConfig]:
         first,
         *(replace(first, joint=True, group=group) for group in (8, 4, 16, 32)),
         *(replace(first, joint=True, group=group, serpentine=True) for group in (8, 16)),
+        *(GatedMatmulConfig(128, 64, 64, 4, 3, group, joint=True, per_processor=2) for group in (8, 16)),
     ]
 
 
@@ -62,7 +63,10 @@ def as_run(config: GatedMatmulConfig, m: int) -> GatedMatmulConfig:
 
 
 def short(config: GatedMatmulConfig) -> str:
-    return f"g{config.group}{' serpentine' if config.serpentine else ''}{' joint' if config.joint else ''}"
+    size = f"{config.block_m}x{config.block_n}" if config.per_processor > 1 else ""
+    return (
+        f"{size}g{config.group}{' serpentine' if config.serpentine else ''}{' joint' if config.joint else ''}"
+    )
 
 
 def random(*shape: int, scale: float = 1.0) -> Tensor:

@@ -3,7 +3,7 @@
 """Triton kernel of `kubeinfer.kernels.fused_linear` for many tokens: a product whose epilogue is the gated activation.
 
 A program sums a tile of gates and the tile of ups that belongs to it, so that what goes to memory is half of what cuBLAS writes,
-and no second kernel reads it back. One program a multiprocessor goes through tiles (persistent); the copy engine (TMA) fetches
+and no second kernel reads it back. As many programs as run at once go through the tiles (persistent); the copy engine (TMA) fetches
 the operands and writes the result. Its bounds are the tensors', so that no size needs to be a multiple of a tile's: what is read
 past the end is zero, what is written there is dropped.
 """
@@ -94,7 +94,7 @@ class GatedMatmulConfig:
     """Tokens, outputs and inputs of a step, warps, steps in flight, and rows of tiles that share weights in the L2 cache.
 
     ``serpentine``: every other group of rows goes through the outputs backwards. ``joint``: gates and ups are one operand, so that
-    the tensor cores read the tokens' numbers from shared memory once for both.
+    the tensor cores read the tokens' numbers from shared memory once for both. ``per_processor``: programs a multiprocessor.
     """
 
     block_m: int
@@ -105,6 +105,7 @@ class GatedMatmulConfig:
     group: int
     serpentine: bool = False
     joint: bool = False
+    per_processor: int = 1
 
     @property
     def shared_bytes(self) -> int:
@@ -116,8 +117,8 @@ class GatedMatmulConfig:
 @functools.cache
 def find_gated_config(n: int, k: int) -> GatedMatmulConfig | None:
     """The configuration for ``n`` outputs of ``k`` inputs; None where cuBLAS is as fast, nothing is known, or the GPU lacks the
-    copy engine or the shared memory."""
-    if n % 8 or k % 8 or not has_tensor_memory_accelerator():
+    copy engine or the shared memory, or is of a later generation than the table (what multiplies is another unit there)."""
+    if n % 8 or k % 8 or not has_tensor_memory_accelerator() or torch.cuda.get_device_capability()[0] != 9:
         return None
     found: Any = tuned.lookup("linear", f"gated_matmul/{n}x{k}")
     if found is None:
@@ -148,7 +149,7 @@ def gated_matmul_triton(
     m, k = x.shape
     n = out.shape[1]
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    programs = _processors(x.device)
+    programs = _processors(x.device) * config.per_processor
     pdl = overlaps_launches()
     block = [2 if config.joint else 1, config.block_n, config.block_k]
     args = (

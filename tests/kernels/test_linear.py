@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from kubeinfer.kernels import tuned
-from kubeinfer.kernels.fused_linear import add_linear, gated_linear, norm_linear
+from kubeinfer.kernels.fused_linear import (
+    add_linear,
+    add_linear_before_norm,
+    gated_linear,
+    norm_linear,
+)
 from kubeinfer.kernels.linear import few_rows, few_rows_config, linear
 
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -105,6 +110,41 @@ def test_fused_linear(
     total = on(residual.clone())
     assert add_linear(total, on(x), on(weight), some) is total
     assert close(total, residual.double() + dense(x, weight), dtype)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (3, 200, 256, ("stream", 64, 64, 4, 4, 1)),
+        (16, 136, 1000, ("stream", 64, 128, 4, 4, 2)),
+        (33, 320, 448, ("stream", 128, 64, 4, 4, 1)),
+        (5, 64, 256, (64, 64, 4, 3, 1)),
+    ],
+)
+def test_norm_between_products(
+    device: str, m: int, n: int, k: int, config: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first product begins the norm of its result, where its kernel can, and the second ends it."""
+    use(monkeypatch, device, config)
+    torch.manual_seed(n + k + m)
+    dtype = torch.bfloat16
+    x, residual = (torch.randn(m, k) * 2).to(dtype), torch.randn(m, n).to(dtype)
+    first = (torch.randn(n, k) / k**0.5).to(dtype)
+    second, bias = (torch.randn(2 * n, n) / n**0.5).to(dtype), torch.randn(2 * n).to(dtype)
+    scale = (torch.rand(n) + 0.5).to(dtype)
+
+    def on(t: Tensor) -> Tensor:
+        return t.to(device)
+
+    total = on(residual.clone())
+    begun = add_linear_before_norm(total, on(x), on(first), None, None, on(scale))
+    assert (begun is not None) == (total.is_cuda and config[0] == "stream")
+    assert close(total, residual.double() + x.double() @ first.double().T, dtype)
+    after = normed(total.cpu(), scale) @ second.double().T + bias.double()
+    assert close(norm_linear(total, on(scale), EPS, on(second), on(bias), None, begun), after, dtype)
+    gate, up = after.chunk(2, 1)
+    got = gated_linear(total, on(second), on(bias), None, on(scale), EPS, begun)
+    assert close(got, gate * torch.sigmoid(gate) * up, dtype)
 
 
 def test_rows_of_a_wider_tensor(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

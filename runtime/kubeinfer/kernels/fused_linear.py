@@ -14,7 +14,7 @@ from torch import Tensor
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.linear import PackedWeight, few_rows_config, linear
-from kubeinfer.kernels.norm import rms_norm
+from kubeinfer.kernels.norm import NormBegun, rms_norm
 
 if TYPE_CHECKING:
     from kubeinfer.kernels.triton_gated_matmul import GatedMatmulConfig
@@ -30,15 +30,19 @@ def norm_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     packed: PackedWeight | None = None,
+    begun: NormBegun | None = None,
 ) -> Tensor:
-    """``rms_norm(x) @ weight.T + bias``: ``x [T, K]``, ``weight [N, K]`` -> ``[T, N]`` in ``x``'s dtype."""
+    """``rms_norm(x) @ weight.T + bias``: ``x [T, K]``, ``weight [N, K]`` -> ``[T, N]`` in ``x``'s dtype.
+
+    ``begun`` is that norm, if the product before began it.
+    """
     config = few_rows_config(x, weight, weight.shape[0], "plain")
     if config is None:
         return linear(rms_norm(x, norm_weight, eps), weight, bias, packed)
     from kubeinfer.kernels.triton_linear import linear_triton
 
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    return linear_triton(x, weight, bias, out, config, norm_weight, eps)
+    return linear_triton(x, weight, bias, out, config, norm_weight, eps, begun=begun)
 
 
 def gated_linear(
@@ -48,10 +52,11 @@ def gated_linear(
     packed: PackedWeight | None = None,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
+    begun: NormBegun | None = None,
 ) -> Tensor:
     """``silu(gate) * up`` of one projection: ``x [T, K]``, ``weight [2 I, K]`` (gates first) -> ``[T, I]``.
 
-    With a ``norm_weight [K]``, of ``rms_norm(x)``.
+    With a ``norm_weight [K]``, of ``rms_norm(x)``; ``begun`` is that norm, if the product before began it.
     """
     inner = weight.shape[0] // 2
     config = few_rows_config(x, weight, inner, "gated")
@@ -67,7 +72,7 @@ def gated_linear(
     from kubeinfer.kernels.triton_linear import linear_triton
 
     out = torch.empty(x.shape[0], inner, dtype=x.dtype, device=x.device)
-    return linear_triton(x, weight, bias, out, config, norm_weight, eps, gated=True)
+    return linear_triton(x, weight, bias, out, config, norm_weight, eps, gated=True, begun=begun)
 
 
 def many_rows_config(x: Tensor, weight: Tensor, inner: int) -> GatedMatmulConfig | None:
@@ -104,3 +109,22 @@ def add_linear(
     from kubeinfer.kernels.triton_linear import linear_triton
 
     return linear_triton(x, weight, bias, residual, config, add=True)
+
+
+def add_linear_before_norm(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: PackedWeight | None,
+    norm_weight: Tensor,
+) -> NormBegun | None:
+    """`add_linear`; the RMS norm of the sum, whose weight is ``norm_weight [N]``, is begun if that costs no kernel."""
+    config = few_rows_config(x, weight, weight.shape[0], "plain")
+    if config is not None:
+        from kubeinfer.kernels.triton_stream_linear import StreamConfig, stream_linear_triton
+
+        if isinstance(config, StreamConfig):
+            return stream_linear_triton(x, weight, bias, residual, config, add=True, next_norm=norm_weight)
+    add_linear(residual, x, weight, bias, packed)
+    return None

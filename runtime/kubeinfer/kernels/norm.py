@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kubeinfer.kernels.cpu import library as cpu
+
+
+@dataclass(frozen=True, slots=True)
+class NormBegun:
+    """The RMS norm of ``x [T, H]`` as the product that computed ``x`` leaves it to the next one: rows are not divided yet.
+
+    Attributes:
+        scaled: ``x * weight`` ``[T, H]`` in ``x``'s dtype.
+        squares: fp32 ``[parts, rows]``, ``rows >= T``: sums of squares of parts of a row, which together are the row's.
+    """
+
+    scaled: Tensor
+    squares: Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:

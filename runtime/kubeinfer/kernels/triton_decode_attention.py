@@ -162,6 +162,9 @@ def _decode_kernel(
                 gdc_launch_dependents()
             return
     else:
+        # Programs of a row's other splits leave at once: those of its first wait for the kernel before, for all of this one.
+        if nothing & (split > 0):
+            return
         if PDL:
             gdc_wait()
             gdc_launch_dependents()

@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.fp8 import MAX_WIDE_ROWS
-from kubeinfer.kernels.norm import rms_norm
+from kubeinfer.kernels.norm import NormBegun, rms_norm
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig, skinny_linear_triton
 from kubeinfer.kernels.triton_stream_linear import StreamConfig, stream_linear_triton, streams
@@ -229,6 +229,7 @@ def linear_triton(
     gated: bool = False,
     add: bool = False,
     weight_scale: Tensor | None = None,
+    begun: NormBegun | None = None,
 ) -> Tensor:
     """``out = norm(x) @ (weight * weight_scale).T + bias``, through the gate where ``gated``, added to ``out`` where ``add``.
 
@@ -238,11 +239,16 @@ def linear_triton(
         bias: ``[N]`` or ``[2 N]``.
         out: ``[M, N]``.
         norm_weight: ``[K]``; None: ``x`` as it is.
+        begun: that norm, if the product before began it.
         weight_scale: fp32, one a row of a float8_e4m3fn ``weight`` (K a multiple of 16); None: ``weight`` is of 16 bits.
     """
     if isinstance(config, StreamConfig):
+        if begun is not None:
+            stream_linear_triton(begun.scaled, weight, bias, out, config, gated, add, begun.squares, eps)
+            return out
         x = x if norm_weight is None else rms_norm(x, norm_weight, eps)
-        return stream_linear_triton(x, weight, bias, out, config, gated, add)
+        stream_linear_triton(x, weight, bias, out, config, gated, add)
+        return out
     if isinstance(config, SkinnyConfig):
         return skinny_linear_triton(x, weight, bias, out, config, norm_weight, eps, gated, add)
     m, k = x.shape

@@ -7,6 +7,9 @@ over the inputs are one long list, of which each program takes an equal run. The
 steps to come, across the ends of tiles too, so that the memory never waits. A tile that several programs have parts of is
 finished by the first of them, at the end of its run; the others had their parts of it at the beginning of theirs, so it hardly
 waits for them (all programs are on the GPU at once). Parts are added in a fixed order.
+
+An RMS norm between two such products has no kernel: the first leaves its result times the norm's weight, and sums of squares of
+its tiles, and the second divides its own result by the rows' root mean square.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.kernels.triton_launch import (
     Kernel,
     fetch_ahead,
@@ -59,7 +63,7 @@ def _wait_for(counter, count):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "eps"])
 def _stream_kernel(
     x_rows,
     weight_rows,
@@ -68,7 +72,12 @@ def _stream_kernel(
     out_ptr,
     sums_ptr,
     counter_ptr,
+    squares_ptr,
+    next_norm_ptr,
+    next_scaled_ptr,
+    next_squares_ptr,
     m,
+    eps,
     N: tl.constexpr,
     K: tl.constexpr,
     STRIDE_W: tl.constexpr,
@@ -76,6 +85,8 @@ def _stream_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADD: tl.constexpr,
+    NORM_PARTS: tl.constexpr,
+    NEXT_NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -108,6 +119,11 @@ def _stream_kernel(
                 fetch_ahead(weight_ptr + near + N * STRIDE_W)
         gdc_wait()
         gdc_launch_dependents()
+    if NORM_PARTS > 0:
+        PADDED: tl.constexpr = triton.next_power_of_2(NORM_PARTS)
+        part = tl.arange(0, PADDED)[:, None]
+        squares = tl.load(squares_ptr + part * BLOCK_M + tokens[None, :], mask=part < NORM_PARTS, other=0.0)
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -148,6 +164,9 @@ def _stream_kernel(
                 columns = tile * BLOCK_N + outputs
                 inside = columns < N
                 result = acc
+                if NORM_PARTS > 0:
+                    result *= factor[None, :]
+                    acc_up *= factor[None, :]
                 if HAS_BIAS:
                     result += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
                     if GATED:
@@ -161,7 +180,14 @@ def _stream_kernel(
                 mask = (tokens < m)[:, None] & inside[None, :]
                 if ADD:
                     result += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-                tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
+                rounded = result.to(out_ptr.dtype.element_ty)
+                tl.store(target, rounded, mask=mask)
+                if NEXT_NORM:
+                    kept = tl.where(mask, rounded.to(tl.float32), 0.0)
+                    scale = tl.load(next_norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+                    scaled = next_scaled_ptr + tokens[:, None] * N + columns[None, :]
+                    tl.store(scaled, (kept * scale).to(out_ptr.dtype.element_ty), mask=mask)
+                    tl.store(next_squares_ptr + tile * BLOCK_M + tokens, tl.sum(kept * kept, 1))
             acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
 
@@ -201,8 +227,15 @@ def stream_linear_triton(
     config: StreamConfig,
     gated: bool = False,
     add: bool = False,
-) -> Tensor:
-    """As `kubeinfer.kernels.triton_linear.linear_triton` without norm, for up to 64 tokens: ``x [M, K]`` of 16-bit numbers."""
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    next_norm: Tensor | None = None,
+) -> NormBegun | None:
+    """As `kubeinfer.kernels.triton_linear.linear_triton` without norm, for up to 64 tokens: ``x [M, K]`` of 16-bit numbers.
+
+    With ``squares``, those of a `NormBegun` whose ``scaled`` is ``x``, of the normed rows. With the weight ``next_norm [N]`` of
+    a norm to come, that is begun.
+    """
     m, k = x.shape
     n = out.shape[1]
     block_m = max(16, triton.next_power_of_2(m))
@@ -215,16 +248,24 @@ def stream_linear_triton(
         raise ValueError(f"{config} needs more scratch memory than there is for {n} outputs.")
     pdl = overlaps_launches()
     block = [config.block_n, config.block_k]
+    begun = None
+    if next_norm is not None:
+        begun = NormBegun(
+            torch.empty(m, n, dtype=x.dtype, device=x.device),
+            torch.empty(tiles, block_m, dtype=torch.float32, device=x.device),
+        )
     args = (
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [block_m, config.block_k]),
         TensorDescriptor(weight, list(weight.shape), [weight.stride(0), 1], block),
-        weight, bias if bias is not None else x, out, parts.sums, parts.counters, m,
+        weight, bias if bias is not None else x, out, parts.sums, parts.counters,
+        parts.squares if squares is None else squares, x if next_norm is None else next_norm,
+        x if begun is None else begun.scaled, parts.squares if begun is None else begun.squares, m, eps,
     )  # fmt: skip
     rows = config.block_n * (2 if gated else 1)
     ahead = 1 << (max(1, (_AHEAD_BYTES_GATED if gated else _AHEAD_BYTES) // rows // 128).bit_length() - 1)
     constants = (
         n, k, weight.stride(0), out.stride(0), gated, bias is not None, add,
-        block_m, config.block_n, config.block_k, units, config.stages, ahead, pdl,
+        0 if squares is None else squares.shape[0], begun is not None, block_m, config.block_n, config.block_k, units, config.stages, ahead, pdl,
     )  # fmt: skip
     _STREAM.launch((programs, 1, 1), args, constants, config.num_warps, config.stages, pdl=pdl)
-    return out
+    return begun

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kubeinfer.kernels.attention import DecodeWorkspace, paged_attention
+from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.kernels.rope import rope_and_cache
 from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.linear import QKVLinear, RowLinear
@@ -113,9 +114,20 @@ class SelfAttention:
         """This rank's part of the result."""
         return self.out.partial(self._attend(self.qkv(hidden), step))
 
-    def add_to(self, residual: Tensor, norm: RMSNorm, step: StepContext) -> Tensor:
-        """``residual += self(norm(residual))`` in place; a group of one rank only."""
-        return self.out.add_to(residual, self._attend(self.qkv.after_norm(residual, norm), step))
+    def add_to(
+        self,
+        residual: Tensor,
+        norm: RMSNorm,
+        step: StepContext,
+        begun: NormBegun | None = None,
+        next_norm: RMSNorm | None = None,
+    ) -> NormBegun | None:
+        """``residual += self(norm(residual))`` in place; a group of one rank only.
+
+        ``begun`` is ``norm(residual)`` if the layer before began it; ``next_norm`` of the sum may be begun for the next.
+        """
+        attended = self._attend(self.qkv.after_norm(residual, norm, begun), step)
+        return self.out.add_to(residual, attended, next_norm)
 
     def _attend(self, projected: Tensor, step: StepContext) -> Tensor:
         """Queries, keys and values side by side ``[T, (Hq + 2 Hkv) D]`` -> ``[T, Hq D]``."""

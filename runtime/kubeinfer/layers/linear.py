@@ -7,6 +7,7 @@ from torch import Tensor
 from kubeinfer.errors import OptionError
 from kubeinfer.kernels.fp8 import RowQuantizer
 from kubeinfer.kernels.linear import PackedWeight
+from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.layers.norm import RMSNorm
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.layers.quantization import LinearMethod, LoadingWeight, Part, Shard, loading_weight
@@ -46,9 +47,9 @@ class Linear:
         """Let the layer before, whose output is only for this one, give it quantized where this one's weight is so."""
         before.quantizer = self.method.quantizer
 
-    def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """This layer of ``norm(x)``."""
-        return self.method.after_norm(x, norm, self.bias)
+    def after_norm(self, x: Tensor, norm: RMSNorm, begun: NormBegun | None = None) -> Tensor:
+        """This layer of ``norm(x)``, which the layer before may have ``begun``."""
+        return self.method.after_norm(x, norm, self.bias, begun)
 
 
 class ReplicatedLinear(Linear):
@@ -89,10 +90,10 @@ class GatedLinear(ColumnLinear):
             return self.quantizer.silu_and_mul(self.method.apply(x, self.bias))
         return self.method.gated(x, self.bias)
 
-    def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def after_norm(self, x: Tensor, norm: RMSNorm, begun: NormBegun | None = None) -> Tensor:
         if self.quantizer is not None and self.quantizer.wants(x):
-            return self.quantizer.silu_and_mul(self.method.after_norm(x, norm, self.bias))
-        return self.method.gated(x, self.bias, norm)
+            return self.quantizer.silu_and_mul(self.method.after_norm(x, norm, self.bias, begun))
+        return self.method.gated(x, self.bias, norm, begun)
 
 
 class QKVLinear(Linear):
@@ -151,9 +152,12 @@ class RowLinear(Linear):
         out = self.group.buffer(x.shape[0], self.out_features, x.dtype)
         return self.method.apply_into(x, self.bias, out)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """``residual += self(x)`` in place; a group of one rank only."""
-        return self.method.add_to(residual, x, self.bias)
+    def add_to(self, residual: Tensor, x: Tensor, next_norm: RMSNorm | None = None) -> NormBegun | None:
+        """``residual += self(x)`` in place; a group of one rank only. ``next_norm`` of the sum may be begun."""
+        if next_norm is not None:
+            return self.method.add_before_norm(residual, x, self.bias, next_norm)
+        self.method.add_to(residual, x, self.bias)
+        return None
 
 
 def check_divisible(total: int, parts: int, what: str) -> None:

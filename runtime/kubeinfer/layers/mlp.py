@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.layers.linear import ColumnLinear, GatedLinear, RowLinear
 from kubeinfer.layers.norm import RMSNorm
 from kubeinfer.layers.parameters import ParameterStore
@@ -29,9 +30,18 @@ class GatedMLP:
         """This rank's part of the result."""
         return self.down.partial(self.gate_up(x))
 
-    def add_to(self, residual: Tensor, norm: RMSNorm) -> Tensor:
-        """``residual += self(norm(residual))`` in place; a group of one rank only."""
-        return self.down.add_to(residual, self.gate_up.after_norm(residual, norm))
+    def add_to(
+        self,
+        residual: Tensor,
+        norm: RMSNorm,
+        begun: NormBegun | None = None,
+        next_norm: RMSNorm | None = None,
+    ) -> NormBegun | None:
+        """``residual += self(norm(residual))`` in place; a group of one rank only.
+
+        ``begun`` is ``norm(residual)`` if the layer before began it; ``next_norm`` of the sum may be begun for the next.
+        """
+        return self.down.add_to(residual, self.gate_up.after_norm(residual, norm, begun), next_norm)
 
 
 class PlainMLP:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 from torch import Tensor
 
 from kubeinfer.kernels.cpu.decoder import DecoderShape, DecoderStack, LayerWeights, decoder_stack
 from kubeinfer.kernels.linear import few_rows
+from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.layers.attention import SelfAttention, StepContext
 from kubeinfer.layers.mlp import GatedMLP
 from kubeinfer.layers.norm import RMSNorm
@@ -29,14 +32,21 @@ class DecoderLayer:
             store, f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps
         )
 
+    def adds(self, hidden: Tensor, residual: Tensor | None) -> bool:
+        """Whether norms and additions ride along with the matrix products, and ``hidden`` is the whole residual stream."""
+        return residual is None and self.group.size == 1 and few_rows(hidden)
+
+    def add_to(
+        self, hidden: Tensor, step: StepContext, begun: NormBegun | None, next_norm: RMSNorm | None
+    ) -> NormBegun | None:
+        """Add to the whole residual stream, whose ``input_norm`` may be ``begun``, as may ``next_norm`` of the sum."""
+        begun = self.attention.add_to(hidden, self.input_norm, step, begun, self.mlp_norm)
+        return self.mlp.add_to(hidden, self.mlp_norm, begun, next_norm)
+
     def __call__(
         self, hidden: Tensor, residual: Tensor | None, step: StepContext
     ) -> tuple[Tensor, Tensor | None]:
         """``residual`` None: ``hidden`` is the whole residual stream; else it lacks the sum of the ranks' ``hidden``."""
-        if residual is None and self.group.size == 1 and few_rows(hidden):
-            # Norms and additions ride along with the matrix products, and ``hidden`` is the whole residual stream.
-            self.attention.add_to(hidden, self.input_norm, step)
-            return self.mlp.add_to(hidden, self.mlp_norm), None
         if residual is None:
             hidden, residual = self.input_norm(hidden, None)
         else:
@@ -138,13 +148,11 @@ class LlamaForCausalLM(CausalLM):
                 step.kv_caches, step.wanted,
             )  # fmt: skip
             return hidden if self.norm is None else self.norm(hidden, None)[0]
-        for layer in self.layers[:-1]:
-            hidden, residual = layer(hidden, residual, step)
-        last = self.layers[-1]
         if step.wanted is None:
-            hidden, residual = last(hidden, residual, step)
+            hidden, residual = self._through(self.layers, hidden, residual, step)
         else:
-            hidden, residual = last.finish(hidden, residual, step.wanted, step)
+            hidden, residual = self._through(self.layers[:-1], hidden, residual, step)
+            hidden, residual = self.layers[-1].finish(hidden, residual, step.wanted, step)
             if not hidden.shape[0]:
                 return hidden
         if self.norm is None:
@@ -152,3 +160,16 @@ class LlamaForCausalLM(CausalLM):
         if residual is None:
             return self.norm(hidden, None)[0]
         return self.norm.of_sum(self.group, hidden, residual)[0]
+
+    def _through(
+        self, layers: list[DecoderLayer], hidden: Tensor, residual: Tensor | None, step: StepContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """``layers`` one after the other."""
+        if layers and layers[0].adds(hidden, residual):
+            begun = None
+            for layer, following in zip_longest(layers, layers[1:]):
+                begun = layer.add_to(hidden, step, begun, following.input_norm if following else None)
+            return hidden, None
+        for layer in layers:
+            hidden, residual = layer(hidden, residual, step)
+        return hidden, residual

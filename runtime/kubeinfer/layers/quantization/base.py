@@ -13,7 +13,7 @@ from torch import Tensor
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.fp8 import RowQuantizer
 from kubeinfer.kernels.linear import PackedWeight
-from kubeinfer.kernels.norm import rms_norm
+from kubeinfer.kernels.norm import NormBegun, rms_norm
 
 if TYPE_CHECKING:
     from kubeinfer.layers.norm import RMSNorm
@@ -62,7 +62,7 @@ class LinearMethod(ABC):
     """Products with one weight ``[N, K]``. Inputs are ``x [T, K]``; a bias is ``[N]`` in ``x``'s dtype or None.
 
     What comes besides ``apply`` may be one kernel, and is two here. A ``quantizer`` says that of more than a few tokens ``x``
-    may come quantized by it.
+    may come quantized by it. ``begun``, where given, is ``norm(x)`` as the product before left it, and need not be used.
     """
 
     quantizer: RowQuantizer | None = None
@@ -77,11 +77,15 @@ class LinearMethod(ABC):
         y = self.apply(x, bias)
         return y if out is None else out.copy_(y)
 
-    def after_norm(self, x: Tensor, norm: RMSNorm, bias: Tensor | None) -> Tensor:
+    def after_norm(
+        self, x: Tensor, norm: RMSNorm, bias: Tensor | None, begun: NormBegun | None = None
+    ) -> Tensor:
         """``apply(norm(x))``."""
         return self.apply(rms_norm(x, norm.weight, norm.eps), bias)
 
-    def gated(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+    def gated(
+        self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None, begun: NormBegun | None = None
+    ) -> Tensor:
         """``silu(gate) * up`` of ``apply(norm(x))``, gates first -> ``[T, N / 2]``."""
         y = self.apply(x, bias) if norm is None else self.after_norm(x, norm, bias)
         return silu_and_mul(y)
@@ -89,6 +93,13 @@ class LinearMethod(ABC):
     def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """``residual += apply(x)`` in place, and returned."""
         return residual.add_(self.apply(x, bias))
+
+    def add_before_norm(
+        self, residual: Tensor, x: Tensor, bias: Tensor | None, norm: RMSNorm
+    ) -> NormBegun | None:
+        """`add_to`; ``norm`` of the sum is begun where that costs nothing."""
+        self.add_to(residual, x, bias)
+        return None
 
 
 @functools.cache

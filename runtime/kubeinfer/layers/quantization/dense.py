@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kubeinfer.kernels.fused_linear import add_linear, gated_linear, norm_linear
+from kubeinfer.kernels.fused_linear import add_linear, add_linear_before_norm, gated_linear, norm_linear
 from kubeinfer.kernels.linear import linear, pack_weight
+from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.layers.quantization.base import LinearMethod, LoadingWeight, Shard
 
@@ -48,13 +49,22 @@ class DenseMethod(LinearMethod):
     def apply_into(self, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         return linear(x, self.weight, bias, self.packed, out)
 
-    def after_norm(self, x: Tensor, norm: RMSNorm, bias: Tensor | None) -> Tensor:
-        return norm_linear(x, norm.weight, norm.eps, self.weight, bias, self.packed)
+    def after_norm(
+        self, x: Tensor, norm: RMSNorm, bias: Tensor | None, begun: NormBegun | None = None
+    ) -> Tensor:
+        return norm_linear(x, norm.weight, norm.eps, self.weight, bias, self.packed, begun)
 
-    def gated(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+    def gated(
+        self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None, begun: NormBegun | None = None
+    ) -> Tensor:
         if norm is None:
             return gated_linear(x, self.weight, bias, self.packed)
-        return gated_linear(x, self.weight, bias, self.packed, norm.weight, norm.eps)
+        return gated_linear(x, self.weight, bias, self.packed, norm.weight, norm.eps, begun)
 
     def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         return add_linear(residual, x, self.weight, bias, self.packed)
+
+    def add_before_norm(
+        self, residual: Tensor, x: Tensor, bias: Tensor | None, norm: RMSNorm
+    ) -> NormBegun | None:
+        return add_linear_before_norm(residual, x, self.weight, bias, self.packed, norm.weight)

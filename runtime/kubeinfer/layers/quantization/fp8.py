@@ -19,6 +19,7 @@ from kubeinfer.kernels.fp8 import (
     fp8_norm_linear,
     quantize_weight_rows,
 )
+from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.layers.parameters import FP8_DUMMY_SPREAD, ParameterStore
 from kubeinfer.layers.quantization.base import LinearMethod, LoadingWeight, Part, Shard, say_once
 from kubeinfer.layers.quantization.dense import DenseMethod
@@ -178,10 +179,18 @@ class FP8Method(LinearMethod):
     def apply(self, x: Tensor | QuantizedRows, bias: Tensor | None) -> Tensor:
         return fp8_linear(x, self.weight, self.scale, bias, self.static_scale)
 
-    def after_norm(self, x: Tensor, norm: RMSNorm, bias: Tensor | None) -> Tensor:
+    def after_norm(
+        self, x: Tensor, norm: RMSNorm, bias: Tensor | None, begun: NormBegun | None = None
+    ) -> Tensor:
         return fp8_norm_linear(x, norm.weight, norm.eps, self.weight, self.scale, bias, self.static_scale)
 
-    def gated(self, x: Tensor | QuantizedRows, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+    def gated(
+        self,
+        x: Tensor | QuantizedRows,
+        bias: Tensor | None,
+        norm: RMSNorm | None = None,
+        begun: NormBegun | None = None,
+    ) -> Tensor:
         norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return fp8_gated_linear(x, norm_weight, eps, self.weight, self.scale, bias, self.static_scale)
 

@@ -18,6 +18,7 @@ from kubeinfer.kernels.int4 import (
     unpack_gptq_weight,
     unpack_gptq_zeros,
 )
+from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.layers.parameters import ParameterStore
 from kubeinfer.layers.quantization.base import LinearMethod, LoadingWeight, Shard, say_once
 from kubeinfer.layers.quantization.dense import DenseMethod
@@ -185,10 +186,14 @@ class Int4Method(LinearMethod):
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return int4_linear(x, self.weight, bias)
 
-    def after_norm(self, x: Tensor, norm: RMSNorm, bias: Tensor | None) -> Tensor:
+    def after_norm(
+        self, x: Tensor, norm: RMSNorm, bias: Tensor | None, begun: NormBegun | None = None
+    ) -> Tensor:
         return int4_linear(x, self.weight, bias, norm.weight, norm.eps)
 
-    def gated(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+    def gated(
+        self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None, begun: NormBegun | None = None
+    ) -> Tensor:
         if norm is None:
             return int4_linear(x, self.weight, bias, gated=True)
         return int4_linear(x, self.weight, bias, norm.weight, norm.eps, gated=True)

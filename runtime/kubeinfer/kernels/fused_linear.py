@@ -84,9 +84,8 @@ def many_rows_config(x: Tensor, weight: Tensor, inner: int) -> GatedMatmulConfig
         return None
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         return None
-    if any(
-        t.stride(1) != 1 or t.stride(0) % 8 or t.data_ptr() % 16 for t in (x, weight)
-    ):  # the copy engine's alignment
+    # What the copy engine takes.
+    if any(t.stride(1) != 1 or t.stride(0) % 8 or t.data_ptr() % 16 for t in (x, weight)):
         return None
     from kubeinfer.kernels.triton_gated_matmul import find_gated_config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import time
@@ -13,6 +14,7 @@ import pytest
 from fixtures.engine_client import generate, make, random_prompts, request
 from fixtures.smollm2 import smollm2_gguf
 from fixtures.tiny_models import TINY_MODELS, tiny_model
+from kubeinfer import LLM, SamplingParams
 from kubeinfer.engine.client import EngineClient, make_client
 from kubeinfer.engine.messages import EngineRequest
 from kubeinfer.engine.plan import StepPlan
@@ -49,9 +51,51 @@ def test_greedy_tokens_equal_the_cpu_engines(name: str) -> None:
         {"async_scheduling": False, "max_num_seqs": 8},
     ):
         gpu = make(path, "cuda", **options)
-        assert generate(gpu, prompts, 24) == expected, options
+        assert_same_but_ties(path, prompts, generate(gpu, prompts, 24), expected)
         gpu.core.check_integrity()
         gpu.shutdown()
+
+
+def assert_same_but_ties(
+    path: str, prompts: list[list[int]], got: list[list[int]], expected: list[list[int]]
+) -> None:
+    """Sums in fp32 take another order on a GPU: where two tokens are equally likely, either may come, and what follows differs."""
+    different = [i for i in range(len(prompts)) if got[i] != expected[i]]
+    if not different:
+        return
+    llm = LLM(path, device="cpu", dtype="float32")
+    for i in different:
+        assert len(got[i]) == len(expected[i])
+        place = next(k for k, (a, b) in enumerate(zip(got[i], expected[i], strict=True)) if a != b)
+        prompt = {"prompt_token_ids": prompts[i] + expected[i][:place]}
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
+        (result,) = llm.generate(prompt, params, use_tqdm=False)
+        (logprobs,) = result.outputs[0].logprobs or ()
+        assert got[i][place] in logprobs, (i, place)
+        both = [logprobs[token].logprob for token in (got[i][place], expected[i][place])]
+        assert abs(both[0] - both[1]) < 2e-4, (i, place, both)
+    assert len(different) <= 2, different
+    llm.shutdown()
+
+
+def test_graphs_of_an_engine_before_may_be_garbage() -> None:
+    """Freed while a stream is captured they would spoil the capture, whenever Python's collector comes by."""
+    path, prompts = str(tiny_model("llama")), random_prompts(5, 4)
+    first: Any = make(path, "cuda", max_num_seqs=8)
+    expected = generate(first, prompts, 8)
+    first.shutdown()
+    first.itself = first
+    threshold = gc.get_threshold()
+    gc.disable()
+    del first
+    gc.enable()
+    gc.set_threshold(1, 1, 1)
+    try:
+        second = make(path, "cuda", max_num_seqs=8)
+    finally:
+        gc.set_threshold(*threshold)
+    assert generate(second, prompts, 8) == expected
+    second.shutdown()
 
 
 def share_small_prefixes(client: Any) -> Any:

@@ -41,8 +41,9 @@ _MOST_PACKET_ROWS = 64
 _MOST_PACKET_ROW_BYTES = 64 * 1024  # of all ranks together; beyond it the kernel lacks registers
 _MOST_SLOT_BYTES = 256 * 2**20
 _LEAST_SLOT_BYTES = 8 * 2**20
-# Of a rank for its peers' word before it gives up; a look takes about half a microsecond, so two minutes.
-_LOOKS = 1 << 28
+# Of a rank for its peers' word before it gives up; a look takes about half a microsecond, so some nine minutes. A rank that died
+# ends the engine at once; this is for one that is alive, and may be slow: it may compile kernels on a crowded machine.
+_LOOKS = 1 << 30
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ONCE = 2
 

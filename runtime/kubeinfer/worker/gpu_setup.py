@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -147,11 +150,25 @@ def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int, ke
         warm_up(runner, max_tokens, noted=True)
 
     compile_ahead(steps, f"steps {key}", processes(group, runner.stage), group.smallest)
-    pool = graphs.capture() if graphs is not None else None
-    if mixed is not None:
-        mixed.capture(pool)
+    with _no_collection():
+        pool = graphs.capture() if graphs is not None else None
+        if mixed is not None:
+            mixed.capture(pool)
     runner.graphs, runner.mixed_graphs = graphs, mixed
     warm_up(runner, max_tokens)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector might free graphs of an engine before this one, which CUDA forbids while a stream is captured."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _shares_prefixes(runner: ModelRunner, options: EngineOptions) -> bool:

@@ -212,7 +212,8 @@ class Int4Config:
 
     Of up to eight tokens, with ``stages`` the weights on their way wait in shared memory, of so many steps less one
     (`kubeinfer.kernels.triton_int4_stream`); ``depth`` has no meaning then, and ``per_processor`` programs a multiprocessor
-    share the work evenly (0: each has tiles of its own). With ``norm_apart`` (1) another kernel makes the norm.
+    share the work evenly (0: each has tiles of its own). With ``norm_apart`` (1) another kernel makes the norm; with
+    ``subnormal`` (1) codes are multiplied as subnormal bfloat16 numbers, which takes fewer instructions.
     """
 
     tiles: int
@@ -222,6 +223,7 @@ class Int4Config:
     stages: int = 0
     per_processor: int = 0
     norm_apart: int = 0
+    subnormal: int = 0
 
 
 def layout(weight: Int4Weight) -> tuple[int, int, int, bool]:
@@ -292,6 +294,7 @@ def int4_few_triton(
         int4_stream_triton(
             x, weight, bias, norm_weight, eps, gated, out, residual is not None,
             config.tiles, config.num_warps, config.stages, config.per_processor, config.registers,
+            bool(config.subnormal) and x.dtype == torch.bfloat16,
         )  # fmt: skip
         return out
     chunks = weight.words.shape[1]

@@ -24,6 +24,8 @@ import triton.language as tl
 
 from kubeinfer.kernels.triton_mma import add_squares, codes, load2, mma, times
 
+SUBNORMAL_UNIT = tl.constexpr(2.0**-69)  # 2**64 of the inputs times 2**-133 of the codes
+
 
 @triton.jit
 def split_meta(meta):
@@ -74,20 +76,32 @@ def add_chunk(
     words, metas, xs, norms, x_at, norm_at, step, left, inside, totals, squares,
     K: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, MINIMUMS: tl.constexpr, NORM: tl.constexpr,
     TILES: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr, AHEAD: tl.constexpr,
-    MORE: tl.constexpr, EVEN: tl.constexpr,
+    MORE: tl.constexpr, EVEN: tl.constexpr, SUBNORMAL: tl.constexpr = False,
 ):  # fmt: skip
     """Add a chunk's products to ``totals`` (four of each tile and eight tokens) and its inputs' to ``squares``.
 
     Where AHEAD, ``xs`` and ``norms`` are the chunk's inputs, and if there is MORE those of the chunk ``step`` are returned; else
     they are empty, and the chunk is ``step``.
+
+    With SUBNORMAL, of bfloat16, codes are multiplied as they stand in the words, in bits 0 to 3 or 4 to 7 of 16: as subnormal (or
+    the least normal) numbers of 2**-133 or 2**-129 a unit, which spares half of the shifts. The inputs are multiplied by 2**64
+    or 2**60 for that (magnitudes from 2**-57 to 2**63 keep all bits), and ``totals`` count by `SUBNORMAL_UNIT`.
     """
     PER: tl.constexpr = GROUP // 16  # products a group
     # How much the numbers that are multiplied exceed the codes: 128 each in bfloat16, and 128 those of a high and a low plane.
-    OFFSET: tl.constexpr = (128.0 if BF16 else 0.0) * (17 if PLANES == 2 else 1) + (
+    OFFSET: tl.constexpr = (128.0 if BF16 and not SUBNORMAL else 0.0) * (17 if PLANES == 2 else 1) + (
         128.0 if PLANES == 2 else 0.0
     )
+    LOW: tl.constexpr = 0x000F000F
+    HIGH: tl.constexpr = 0x00F000F0
     nothing = tl.zeros([words[0].shape[0]], tl.float32)
     one = tl.full([words[0].shape[0]], 0x3F803F80 if BF16 else 0x3C003C00, tl.int32)
+    one8 = one  # of inputs 8 to 15
+    if SUBNORMAL:
+        one = tl.full([words[0].shape[0]], 0x00010001, tl.int32)
+        one8 = tl.full([words[0].shape[0]], 0x00100010, tl.int32)
+        power = tl.full([words[0].shape[0]], 0x5F805F80, tl.int32)
+        power8 = tl.full([words[0].shape[0]], 0x5D805D80, tl.int32)
     for group in tl.static_range(8 // PER):
         sums = ()
         accs = ()
@@ -114,16 +128,24 @@ def add_chunk(
                     square = add_squares(b0, b1, squares[8 * i : 8 * i + 8])
                     squares = squares[: 8 * i] + square + squares[8 * i + 8 :]
                     b0, b1 = times(b0, norm[0]), times(b1, norm[1])
-                found = mma(one, one, one, one, b0, b1, sums[4 * i : 4 * i + 4], BF16)
+                if SUBNORMAL:
+                    b0, b1 = times(b0, power), times(b1, power8)
+                found = mma(one, one, one8, one8, b0, b1, sums[4 * i : 4 * i + 4], BF16)
                 sums = sums[: 4 * i] + found + sums[4 * i + 4 :]
                 inputs = inputs + (b0, b1)
             for r in tl.static_range(TILES * PLANES):
                 word0 = words[r * 8 + p // 2]
                 word1 = words[r * 8 + 4 + p // 2]
-                a0 = codes(word0 >> (p % 2 * 8), BF16)
-                a1 = codes(word1 >> (p % 2 * 8), BF16)
-                a2 = codes(word0 >> (p % 2 * 8 + 4), BF16)
-                a3 = codes(word1 >> (p % 2 * 8 + 4), BF16)
+                word0, word1 = word0 >> (p % 2 * 8), word1 >> (p % 2 * 8)
+                if SUBNORMAL:
+                    a0, a1, a2, a3 = word0 & LOW, word1 & LOW, word0 & HIGH, word1 & HIGH
+                else:
+                    a0, a1, a2, a3 = (
+                        codes(word0, BF16),
+                        codes(word1, BF16),
+                        codes(word0 >> 4, BF16),
+                        codes(word1 >> 4, BF16),
+                    )
                 for i in tl.static_range(TOKENS):
                     acc = accs[(r * TOKENS + i) * 4 : (r * TOKENS + i) * 4 + 4]
                     acc = mma(a0, a1, a2, a3, inputs[2 * i], inputs[2 * i + 1], acc, BF16)

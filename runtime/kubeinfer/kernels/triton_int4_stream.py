@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kubeinfer.kernels.int4 import ROWS, Int4Weight
-from kubeinfer.kernels.triton_int4_chunk import add_chunk, inputs_of, sum_of_warps
+from kubeinfer.kernels.triton_int4_chunk import SUBNORMAL_UNIT, add_chunk, inputs_of, sum_of_warps
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches, processors
 from kubeinfer.kernels.triton_mma import from_thread
 from kubeinfer.kernels.triton_split import MAX_TILES, scratch
@@ -138,12 +138,15 @@ def _finish(
     totals, squares, tile, bias_ptr, out_ptr, sums_ptr, counter_ptr, m, eps, N: tl.constexpr, K: tl.constexpr,
     STRIDE_OUT: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
     TILES: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
 ):  # fmt: skip
     """The end of a program's part of ``tile``, of which up to PARTS programs have parts."""
     OWN: tl.constexpr = TILES // 2 if GATED else TILES
     sums = ()
     for r in tl.static_range(TILES):
-        sums = sums + sum_of_warps(totals[r * 4 : r * 4 + 4], WARPS)
+        found = sum_of_warps(totals[r * 4 : r * 4 + 4], WARPS)
+        for e in tl.static_range(4):
+            sums = sums + ((found[e] * (1.0 / SUBNORMAL_UNIT) if SUBNORMAL else found[e]),)
     if PARTS == 1:
         _store(
             sums, squares, tile, bias_ptr, out_ptr, m, eps, N, K, STRIDE_OUT, NORM, GATED, HAS_BIAS, ADD, OWN, WARPS
@@ -214,6 +217,7 @@ def _stream_kernel(
     STAGES: tl.constexpr,
     TOTAL: tl.constexpr,
     UNITS: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # Of TOTAL steps a program has UNITS. Its tiles are, of a gated layer, first TILES / 2 of gates and then theirs of the other half.
@@ -274,20 +278,20 @@ def _stream_kernel(
             metas = tl.load(meta_at + (far + step * WARPS) * (GROUPS * 16), mask=wanted)
         totals, squares, xs, norms = add_chunk(
             _fours(words, THREADS), _twos(metas), xs, norms, x_at, norm_at, step, left, inside, totals, squares,
-            K, GROUP, PLANES, MINIMUMS, NORM, TILES, 1, WARPS, BF16, True, False, EVEN,
+            K, GROUP, PLANES, MINIMUMS, NORM, TILES, 1, WARPS, BF16, True, False, EVEN, SUBNORMAL,
         )  # fmt: skip
         if UNITS != STEPS:  # noqa: SIM102 - known when the kernel is compiled
             if (step == STEPS - 1) | (i == count - 1):
                 _finish(
                     totals, squares, tile, bias_ptr, out_ptr, sums_ptr, counter_ptr, m, eps,
-                    N, K, STRIDE_OUT, NORM, GATED, HAS_BIAS, ADD, TILES, WARPS, STEPS, UNITS, PARTS,
+                    N, K, STRIDE_OUT, NORM, GATED, HAS_BIAS, ADD, TILES, WARPS, STEPS, UNITS, PARTS, SUBNORMAL,
                 )  # fmt: skip
                 totals = _nothing(THREADS, 4 * TILES)
                 squares = _nothing(THREADS, 8)
     if UNITS == STEPS:
         _finish(
             totals, squares, tl.program_id(0), bias_ptr, out_ptr, sums_ptr, counter_ptr, m, eps,
-            N, K, STRIDE_OUT, NORM, GATED, HAS_BIAS, ADD, TILES, WARPS, STEPS, UNITS, PARTS,
+            N, K, STRIDE_OUT, NORM, GATED, HAS_BIAS, ADD, TILES, WARPS, STEPS, UNITS, PARTS, SUBNORMAL,
         )  # fmt: skip
 
 
@@ -308,6 +312,7 @@ def int4_stream_triton(
     stages: int,
     per_processor: int,
     max_registers: int,
+    subnormal: bool,
 ) -> None:
     """As `kubeinfer.kernels.triton_int4.int4_few_triton` into ``out``, or added to it.
 
@@ -338,6 +343,6 @@ def int4_stream_triton(
     constants = (
         n, k, chunks, weight.group, weight.bits // 4, weight.minimums, x.stride(0), out.stride(0),
         norm_weight is not None, gated, bias is not None, add,
-        tiles, num_warps, stages, rows * steps, units, pdl,
+        tiles, num_warps, stages, rows * steps, units, subnormal, pdl,
     )  # fmt: skip
     _STREAM.launch((programs, 1, 1), args, constants, num_warps, stages, pdl=pdl, max_registers=max_registers)

@@ -209,28 +209,33 @@ def int4_stream_candidates(product: Product) -> list[Int4Config]:
         "gate_up": [Int4Config(2, 2, 4)],
         "down": [Int4Config(1, 16, 2, 64)],
     }
-    # Tiles, warps, stages, programs a multiprocessor, and whether another kernel makes the norm.
+    # Tiles, warps, inputs ahead (2), stages, programs a multiprocessor, norm by another kernel, codes as subnormal numbers.
     wanted = {
         "gate_up": [
-            (2, 4, 4, 0, False), (2, 4, 4, 0, True), (2, 4, 3, 0, True), (2, 4, 5, 0, True), (2, 4, 7, 3, True),
-            (2, 4, 5, 3, True), (2, 8, 4, 3, True), (2, 8, 3, 0, True), (2, 4, 4, 5, True), (2, 4, 5, 4, True),
-            (4, 4, 3, 0, True), (4, 4, 4, 2, True),
+            (2, 4, 1, 4, 0, 1, 0), (2, 4, 1, 4, 0, 1, 1), (2, 4, 1, 4, 0, 0, 1), (2, 4, 2, 4, 0, 1, 1),
+            (2, 4, 1, 3, 0, 1, 1), (2, 4, 1, 5, 0, 1, 1), (2, 4, 2, 7, 3, 1, 1), (2, 4, 1, 6, 3, 0, 1),
+            (2, 8, 1, 4, 3, 1, 1), (2, 4, 1, 4, 5, 1, 1), (4, 4, 1, 3, 0, 1, 1), (4, 4, 1, 4, 3, 1, 1),
         ],
         "down": [
-            (1, 8, 5, 0, False), (1, 8, 7, 0, False), (1, 16, 4, 0, False), (1, 4, 5, 4, False),
-            (1, 4, 6, 6, False), (1, 8, 5, 3, False), (2, 4, 5, 4, False), (2, 4, 4, 6, False),
-            (2, 8, 4, 2, False), (2, 8, 4, 3, False),
+            (1, 8, 1, 5, 0, 0, 0), (1, 8, 1, 5, 0, 0, 1), (1, 8, 2, 5, 0, 0, 1), (1, 16, 1, 4, 0, 0, 1),
+            (1, 4, 2, 5, 4, 0, 1), (1, 4, 1, 6, 6, 0, 1), (1, 8, 2, 5, 3, 0, 1), (2, 4, 2, 5, 4, 0, 1),
+            (2, 4, 1, 4, 6, 0, 1), (2, 8, 1, 4, 2, 0, 1), (4, 4, 1, 4, 3, 0, 1),
+        ],
+        "out": [
+            (1, 4, 1, 7, 0, 0, 0), (1, 4, 1, 7, 0, 0, 1), (1, 4, 2, 7, 0, 0, 1), (1, 8, 2, 4, 0, 0, 1),
+            (1, 4, 2, 4, 3, 0, 1), (1, 4, 1, 4, 6, 0, 1), (1, 8, 2, 3, 2, 0, 1), (2, 4, 2, 4, 2, 0, 1),
+            (2, 4, 2, 4, 4, 0, 1), (2, 8, 1, 4, 2, 0, 1),
+        ],
+        "qkv": [
+            (1, 4, 1, 7, 0, 1, 0), (1, 4, 1, 7, 0, 1, 1), (1, 4, 2, 7, 0, 1, 1), (1, 4, 1, 7, 0, 0, 1),
+            (1, 4, 2, 7, 0, 0, 1), (1, 8, 1, 4, 0, 1, 1), (1, 8, 2, 4, 0, 1, 1), (1, 4, 2, 4, 3, 1, 1),
+            (1, 4, 1, 4, 6, 1, 1), (2, 4, 2, 4, 2, 1, 1), (2, 4, 2, 4, 4, 1, 1),
         ],
     }  # fmt: skip
-    few = [
-        (1, 4, 7, 0), (1, 4, 5, 0), (1, 8, 4, 0), (1, 4, 4, 3), (1, 4, 4, 6), (1, 8, 3, 2), (2, 4, 4, 2), (2, 4, 4, 3),
-    ]  # fmt: skip
     name = product.name.split()[1]
-    found = wanted.get(name, [(*config, product.norm) for config in few])
-    if name == "qkv":
-        found += [(1, 4, 7, 0, False), (1, 8, 4, 0, False)]
     return before[name] + [
-        Int4Config(tiles, warps, 1, 0, stages, per, int(apart)) for tiles, warps, stages, per, apart in found
+        Int4Config(tiles, warps, ahead, 0, stages, per, apart, subnormal)
+        for tiles, warps, ahead, stages, per, apart, subnormal in wanted[name]
     ]
 
 

@@ -21,7 +21,7 @@ from kubeinfer.kernels import tuned
 from kubeinfer.kernels.int4 import ROWS, Int4Weight
 from kubeinfer.kernels.norm import rms_norm
 from kubeinfer.kernels.triton_int4_chunk import add_chunk, inputs_of, sum_of_warps
-from kubeinfer.kernels.triton_int4_stream import int4_stream_triton
+from kubeinfer.kernels.triton_int4_stream import int4_stream_triton, stream_bytes
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 from kubeinfer.kernels.triton_mma import from_thread, load2, load4
 
@@ -211,7 +211,7 @@ class Int4Config:
     """Tiles of 16 rows a program (of a gated layer's halves together), warps, chunks of a warp fetched ahead, most registers.
 
     Of up to eight tokens, with ``stages`` the weights on their way wait in shared memory, of so many steps less one
-    (`kubeinfer.kernels.triton_int4_stream`); ``depth`` has no meaning then, and ``per_processor`` programs a multiprocessor
+    (`kubeinfer.kernels.triton_int4_stream`); inputs are asked for a step ahead with ``depth`` 2, and ``per_processor`` programs a multiprocessor
     share the work evenly (0: each has tiles of its own). With ``norm_apart`` (1) another kernel makes the norm; with
     ``subnormal`` (1) codes are multiplied as subnormal bfloat16 numbers, which takes fewer instructions.
     """
@@ -247,6 +247,14 @@ def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | None:
 
 
 @functools.cache
+def _shared_memory() -> int:
+    """Bytes that a program may have; those of the GPU that the configurations are tuned on where there is none to ask."""
+    if not torch.cuda.is_available():
+        return 227 << 10
+    return int(torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin)
+
+
+@functools.cache
 def find_config(m: int, n: int, k: int, kind: str, planes: int = 1, group: int = 128) -> Int4Config:
     """``kind`` is ``plain`` or ``gated`` (two rows an output). No tiles: cuBLAS on the dequantized weight is faster."""
     tokens = triton.next_power_of_2(triton.cdiv(m, 8))
@@ -254,7 +262,9 @@ def find_config(m: int, n: int, k: int, kind: str, planes: int = 1, group: int =
     form = "" if plain else f"/{4 * planes}-{group}"
     found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{8 * tokens}{form}")
     if found is not None:
-        return Int4Config(**found)
+        config = Int4Config(**found)
+        if stream_bytes(config.tiles, config.num_warps, config.stages, planes, group) <= _shared_memory():
+            return config
     if tokens > 2:
         return Int4Config(0, 0, 0)
     chunks = triton.cdiv(k, 128)
@@ -294,7 +304,7 @@ def int4_few_triton(
         int4_stream_triton(
             x, weight, bias, norm_weight, eps, gated, out, residual is not None,
             config.tiles, config.num_warps, config.stages, config.per_processor, config.registers,
-            bool(config.subnormal) and x.dtype == torch.bfloat16,
+            bool(config.subnormal) and x.dtype == torch.bfloat16, config.depth > 1,
         )  # fmt: skip
         return out
     chunks = weight.words.shape[1]

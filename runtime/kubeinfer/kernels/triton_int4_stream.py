@@ -22,7 +22,7 @@ from torch import Tensor
 from kubeinfer.kernels.int4 import ROWS, Int4Weight
 from kubeinfer.kernels.triton_int4_chunk import SUBNORMAL_UNIT, add_chunk, inputs_of, sum_of_warps
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches, processors
-from kubeinfer.kernels.triton_mma import from_thread
+from kubeinfer.kernels.triton_mma import from_thread, load2
 from kubeinfer.kernels.triton_split import MAX_TILES, scratch
 
 MAX_ROWS = 8
@@ -41,6 +41,48 @@ def _wait_before(step):
         }""",
         "=r,r", [step], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _wait_and_read(step, at, xs):
+    """`_wait_before` the first step, and then read its inputs: 16 words of two, of eight products; else ``xs``."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred first;
+        setp.eq.s32 first, $17, 0;
+        @!first bra done;
+        griddepcontrol.wait;
+        griddepcontrol.launch_dependents;
+        ld.global.v2.b32 {$0, $1}, [$16];
+        ld.global.v2.b32 {$2, $3}, [$16 + 32];
+        ld.global.v2.b32 {$4, $5}, [$16 + 64];
+        ld.global.v2.b32 {$6, $7}, [$16 + 96];
+        ld.global.v2.b32 {$8, $9}, [$16 + 128];
+        ld.global.v2.b32 {$10, $11}, [$16 + 160];
+        ld.global.v2.b32 {$12, $13}, [$16 + 192];
+        ld.global.v2.b32 {$14, $15}, [$16 + 224];
+        done:
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
+        [
+            at, step, xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7],
+            xs[8], xs[9], xs[10], xs[11], xs[12], xs[13], xs[14], xs[15],
+        ],
+        dtype=(
+            tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
+            tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
+        ),
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _read(at):
+    """A chunk's inputs of a thread: 16 words of two, of eight products."""
+    found = ()
+    for p in tl.static_range(8):
+        found = found + load2(at + p * 16, tl.zeros([1], tl.int32), True)
+    return found
 
 
 @triton.jit
@@ -218,6 +260,7 @@ def _stream_kernel(
     TOTAL: tl.constexpr,
     UNITS: tl.constexpr,
     SUBNORMAL: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # Of TOTAL steps a program has UNITS. Its tiles are, of a gated layer, first TILES / 2 of gates and then theirs of the other half.
@@ -245,9 +288,24 @@ def _stream_kernel(
     meta_at = meta_ptr + (own.to(tl.int64) * (CHUNKS * GROUPS * 16) + group % GROUPS * 16)[:, None, None]
     meta_at += (warp * (GROUPS * 16) + place // 4 * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
     first = warp * 128 + place % 4 * 4  # of the thread's inputs
-    x_at = (x_ptr + tl.minimum(place // 4, m - 1).to(tl.int64) * STRIDE_X + first,)
+    x_row = x_ptr + tl.minimum(place // 4, m - 1).to(tl.int64) * STRIDE_X + place % 4 * 4
+    x_at = (x_row + warp * 128,)
     norm_at = (norm_ptr + first,)
     left = K - first
+    xs = ()
+    norms = ()
+    if AHEAD:
+        chunk = begin % STEPS * WARPS + warp
+        if not EVEN:
+            chunk = tl.minimum(chunk, CHUNKS - 1)  # whose weights are zeros where they are past the end
+        now_at = x_row + chunk * 128
+        if PDL:
+            for _ in tl.static_range(16):
+                xs = xs + (tl.zeros([THREADS], tl.int32),)
+        else:
+            xs = _read(now_at)
+        if NORM:
+            norms = _read(norm_ptr + place % 4 * 4 + chunk * 128)
 
     totals = _nothing(THREADS, 4 * TILES)
     squares = _nothing(THREADS, 8)
@@ -258,28 +316,42 @@ def _stream_kernel(
         unit = begin + i
         tile = unit // STEPS
         step = unit % STEPS
-        if PDL:
-            _wait_before(i)
         inside = (warp + step * WARPS < CHUNKS).to(tl.int32)
-        xs = ()
-        norms = ()
-        for p in tl.static_range(8):
-            xs = xs + inputs_of(x_at, step, p, left, inside, K, WARPS, EVEN and K % 128 == 0)
+        if AHEAD:
+            if PDL:
+                xs = _wait_and_read(i, now_at, xs)
+            now, now_norms = xs, norms
+            chunk = (unit + 1) % STEPS * WARPS + warp
+            if not EVEN:
+                chunk = tl.minimum(chunk, CHUNKS - 1)
+            xs = _read(x_row + chunk * 128)
             if NORM:
-                norms = norms + inputs_of(norm_at, step, p, left, inside, K, WARPS, EVEN and K % 128 == 0)
+                norms = _read(norm_ptr + place % 4 * 4 + chunk * 128)
+        else:
+            if PDL:
+                _wait_before(i)
+            now = ()
+            now_norms = ()
+            for p in tl.static_range(8):
+                now = now + inputs_of(x_at, step, p, left, inside, K, WARPS, EVEN and K % 128 == 0)
+                if NORM:
+                    now_norms = now_norms + inputs_of(
+                        norm_at, step, p, left, inside, K, WARPS, EVEN and K % 128 == 0
+                    )
         far = tile.to(tl.int64) * (OWN * CHUNKS)
         if EVEN:
             words = tl.load(words_at + (far + step * WARPS) * BLOCK)
             metas = tl.load(meta_at + (far + step * WARPS) * (GROUPS * 16))
         else:
             wanted = (word // 128 + step * WARPS < CHUNKS)[None, :]
-            words = tl.load(words_at + (far + step * WARPS) * BLOCK, mask=wanted)
+            words = tl.load(words_at + (far + step * WARPS) * BLOCK, mask=wanted, other=0)
             wanted = (warp + step * WARPS < CHUNKS)[None, :, None]
-            metas = tl.load(meta_at + (far + step * WARPS) * (GROUPS * 16), mask=wanted)
-        totals, squares, xs, norms = add_chunk(
-            _fours(words, THREADS), _twos(metas), xs, norms, x_at, norm_at, step, left, inside, totals, squares,
+            metas = tl.load(meta_at + (far + step * WARPS) * (GROUPS * 16), mask=wanted, other=0)
+        added = add_chunk(
+            _fours(words, THREADS), _twos(metas), now, now_norms, x_at, norm_at, step, left, inside, totals, squares,
             K, GROUP, PLANES, MINIMUMS, NORM, TILES, 1, WARPS, BF16, True, False, EVEN, SUBNORMAL,
         )  # fmt: skip
+        totals, squares = added[0], added[1]
         if UNITS != STEPS:  # noqa: SIM102 - known when the kernel is compiled
             if (step == STEPS - 1) | (i == count - 1):
                 _finish(
@@ -298,6 +370,12 @@ def _stream_kernel(
 _STREAM = Kernel(_stream_kernel)
 
 
+def stream_bytes(tiles: int, num_warps: int, stages: int, planes: int, group: int) -> int:
+    """Shared memory of a program: words, scales (which four threads have each) and sums."""
+    step = tiles * num_warps * (planes * 1024 + 128 // group * 256)
+    return max(0, stages - 1) * step + num_warps * 32 * 16
+
+
 def int4_stream_triton(
     x: Tensor,
     weight: Int4Weight,
@@ -313,6 +391,7 @@ def int4_stream_triton(
     per_processor: int,
     max_registers: int,
     subnormal: bool,
+    inputs_ahead: bool,
 ) -> None:
     """As `kubeinfer.kernels.triton_int4.int4_few_triton` into ``out``, or added to it.
 
@@ -335,6 +414,8 @@ def int4_stream_triton(
     parts = scratch(x.device)
     if units % steps and (2 * programs * tiles * 128 > parts.sums.numel() or rows > MAX_TILES):
         raise ValueError(f"{programs} programs need more scratch memory than there is for {n} outputs.")
+    # Their last chunk is read again by warps that have none: its squares would count twice.
+    inputs_ahead &= k % 128 == 0 and (norm_weight is None or chunks % num_warps == 0)
     pdl = overlaps_launches()
     args = (
         x, norm_weight if norm_weight is not None else x, weight.words, weight.meta, bias if bias is not None else x, out,
@@ -343,6 +424,6 @@ def int4_stream_triton(
     constants = (
         n, k, chunks, weight.group, weight.bits // 4, weight.minimums, x.stride(0), out.stride(0),
         norm_weight is not None, gated, bias is not None, add,
-        tiles, num_warps, stages, rows * steps, units, subnormal, pdl,
+        tiles, num_warps, stages, rows * steps, units, subnormal, inputs_ahead, pdl,
     )  # fmt: skip
     _STREAM.launch((programs, 1, 1), args, constants, num_warps, stages, pdl=pdl, max_registers=max_registers)

@@ -311,6 +311,72 @@ def test_every_tile_of_the_int4_kernel(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("per_processor", [0, 3])
+@pytest.mark.parametrize(
+    ("tiles", "warps", "stages", "tokens", "n", "k", "group", "gated_rows"),
+    [
+        (1, 4, 4, 1, 3584, 3584, 128, False),
+        (1, 8, 3, 8, 72, 18944, 128, False),
+        (1, 16, 2, 3, 4616, 2432, 128, False),
+        (2, 4, 4, 5, 96, 3584, 64, False),
+        (1, 2, 3, 2, 40, 1000, 32, False),
+        (2, 4, 4, 1, 1184, 3584, 128, True),
+        (2, 8, 3, 4, 2112, 1000, 32, True),
+        (4, 4, 4, 8, 64, 896, 128, True),
+    ],
+)
+def test_int4_weights_through_shared_memory(
+    device: str, dtype: torch.dtype, per_processor: int, tiles: int, warps: int, stages: int, tokens: int, n: int,
+    k: int, group: int, gated_rows: bool,
+) -> None:  # fmt: skip
+    """With tiles of a program's own, and with tiles cut into many programs' parts; the same result every time."""
+    if not torch.zeros(1, device=device).is_cuda:
+        pytest.skip("about the Triton kernel")
+    from kubeinfer.kernels.triton_int4 import Int4Config, int4_few_triton
+    from kubeinfer.kernels.triton_split import scratch
+
+    packed, plain = int4_weight(2 * n if gated_rows else n, k, group)
+    x, norm = torch.randn(tokens, k).to(dtype), (torch.rand(k) + 0.5).to(dtype)
+    bias = torch.randn(plain.shape[0]).to(dtype)
+    weight, on, bias_on = move(packed, device), x.to(device), bias.to(device)
+    # With inputs a step ahead or not, the norm in the kernel or not, codes as subnormal numbers or not.
+    for ahead, apart, subnormal in ((1, 0, 0), (2, 1, 1)) if dtype == torch.bfloat16 else ((2, 1, 0),):
+        config = Int4Config(tiles, warps, ahead, 0, stages, per_processor, apart, subnormal)
+        want = normed(x, norm) @ plain.T + bias.double()
+        got = [
+            int4_few_triton(on, weight, bias_on, norm.to(device), EPS, gated_rows, None, config)
+            for _ in range(3)
+        ]
+        assert error(got[0], gated(want) if gated_rows else want) < 2 * TOLERANCE[dtype]
+        assert torch.equal(got[0], got[1])
+        assert torch.equal(got[0], got[2])
+        if not gated_rows:
+            total = torch.randn(tokens, n).to(dtype)
+            want = total.double() + x.double() @ plain.T
+            got = [int4_few_triton(on, weight, None, None, 0.0, False, total.to(device), config)]
+            assert error(got[0], want) < TOLERANCE[dtype]
+    assert not scratch(on.device).counters.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_processor", [0, 2])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 32), (8, 16)])
+def test_weights_with_minimums_through_shared_memory(
+    device: str, bits: int, group: int, per_processor: int
+) -> None:
+    if not torch.zeros(1, device=device).is_cuda:
+        pytest.skip("about the Triton kernel")
+    from kubeinfer.kernels.triton_int4 import Int4Config, int4_few_triton
+
+    packed, plain = weight_with_minimums(96, 1152, group, bits)
+    x = torch.randn(3, 1152).bfloat16()
+    config = Int4Config(2, 4, 1, 0, 3, per_processor, 0, 1)
+    got = int4_few_triton(x.to(device), move(packed, device), None, None, 0.0, False, None, config)
+    assert error(got, x.double() @ plain.T) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
 def test_int4_products_of_huge_inputs_in_float16(device: str) -> None:
     """Norm weights times inputs would overflow float16; normed inputs do not."""
     packed, plain = int4_weight(64, 512, 128)

@@ -1,6 +1,6 @@
 """Times quantized linear layers beside unquantized ones, and tunes their kernels of a few tokens.
 
-    PYTHONPATH=runtime python3 benchmarks/gpu_quantized.py [--tune FOLDER [--kinds int4,gguf4,gguf8,fp8] [--tune-tokens 1]] [--tokens 1,2,4,8,16,64,256,1024,4096]
+    PYTHONPATH=runtime python3 benchmarks/gpu_quantized.py [--tune FOLDER [--kinds int4,gguf4,gguf8,fp8]] [--tokens 1,2,4,8,16,64,256,1024,4096]
 
 For every product of a decoder layer of the 7B shape: microseconds as the layer runs it (norm and activation included), as
 replayed CUDA graphs that take turns over weights larger than the L2 cache. ``--tune`` first times each configuration of the
@@ -201,44 +201,6 @@ def int4_candidates(product: Product, m: int, kind: str) -> list[Int4Config]:
     return found
 
 
-def int4_stream_candidates(product: Product) -> list[Int4Config]:
-    """Of up to eight tokens, with weights on their way in shared memory; the present best of the others beside them."""
-    before = {
-        "qkv": [Int4Config(1, 8, 4, 80)],
-        "out": [Int4Config(1, 8, 3)],
-        "gate_up": [Int4Config(2, 2, 4)],
-        "down": [Int4Config(1, 16, 2, 64)],
-    }
-    # Tiles, warps, inputs ahead (2), stages, programs a multiprocessor, norm by another kernel, codes as subnormal numbers.
-    wanted = {
-        "gate_up": [
-            (2, 4, 1, 4, 0, 1, 0), (2, 4, 1, 4, 0, 1, 1), (2, 4, 1, 4, 0, 0, 1), (2, 4, 2, 4, 0, 1, 1),
-            (2, 4, 1, 3, 0, 1, 1), (2, 4, 1, 5, 0, 1, 1), (2, 4, 2, 7, 3, 1, 1), (2, 4, 1, 6, 3, 0, 1),
-            (2, 8, 1, 4, 3, 1, 1), (2, 4, 1, 4, 5, 1, 1), (4, 4, 1, 3, 0, 1, 1), (4, 4, 1, 4, 3, 1, 1),
-        ],
-        "down": [
-            (1, 8, 1, 5, 0, 0, 0), (1, 8, 1, 5, 0, 0, 1), (1, 8, 2, 5, 0, 0, 1), (1, 16, 1, 4, 0, 0, 1),
-            (1, 4, 2, 5, 4, 0, 1), (1, 4, 1, 6, 6, 0, 1), (1, 8, 2, 5, 3, 0, 1), (2, 4, 2, 5, 4, 0, 1),
-            (2, 4, 1, 4, 6, 0, 1), (2, 8, 1, 4, 2, 0, 1), (4, 4, 1, 4, 3, 0, 1),
-        ],
-        "out": [
-            (1, 4, 1, 7, 0, 0, 0), (1, 4, 1, 7, 0, 0, 1), (1, 4, 2, 7, 0, 0, 1), (1, 8, 2, 4, 0, 0, 1),
-            (1, 4, 2, 4, 3, 0, 1), (1, 4, 1, 4, 6, 0, 1), (1, 8, 2, 3, 2, 0, 1), (2, 4, 2, 4, 2, 0, 1),
-            (2, 4, 2, 4, 4, 0, 1), (2, 8, 1, 4, 2, 0, 1),
-        ],
-        "qkv": [
-            (1, 4, 1, 7, 0, 1, 0), (1, 4, 1, 7, 0, 1, 1), (1, 4, 2, 7, 0, 1, 1), (1, 4, 1, 7, 0, 0, 1),
-            (1, 4, 2, 7, 0, 0, 1), (1, 8, 1, 4, 0, 1, 1), (1, 8, 2, 4, 0, 1, 1), (1, 4, 2, 4, 3, 1, 1),
-            (1, 4, 1, 4, 6, 1, 1), (2, 4, 2, 4, 2, 1, 1), (2, 4, 2, 4, 4, 1, 1),
-        ],
-    }  # fmt: skip
-    name = product.name.split()[1]
-    return before[name] + [
-        Int4Config(tiles, warps, ahead, 0, stages, per, apart, subnormal)
-        for tiles, warps, ahead, stages, per, apart, subnormal in wanted[name]
-    ]
-
-
 def fp8_candidates(product: Product, m: int) -> list[Config]:
     return [
         Config(rows // 2 if product.gated else rows, 256 * warps, warps, depth)
@@ -312,20 +274,13 @@ def check(task: tuple[str, Product, int, list[Any]]) -> list[tuple[str, str, int
     return wrong
 
 
-def tune(folder: Path, workers: int, kinds: list[str], only: list[int]) -> None:
+def tune(folder: Path, workers: int, kinds: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     candidates: dict[tuple[str, Product, int], list[Any]] = {}
     for product in layer_products():
         for kind in kinds:
             for m in {"int4": (1, 16, 32), "fp8": (1, 2, 4)}.get(kind, (1,)):
-                if only and m not in only:
-                    continue
-                if kind == "fp8":
-                    configs: list[Any] = fp8_candidates(product, m)
-                elif kind == "int4" and only == [1]:
-                    configs = int4_stream_candidates(product)
-                else:
-                    configs = int4_candidates(product, m, kind)
+                configs = fp8_candidates(product, m) if kind == "fp8" else int4_candidates(product, m, kind)
                 candidates[(kind, product, m)] = configs
     tasks = [
         (*key, configs[i : i + 3]) for key, configs in candidates.items() for i in range(0, len(configs), 3)
@@ -364,10 +319,7 @@ def tune(folder: Path, workers: int, kinds: list[str], only: list[int]) -> None:
             tables["int4"][f"{shape}/m{max(8, m)}{form}"] = table
         print(
             f"{product.name:12} {kind} m{m} {best:7.2f} us (as many tokens {cores:.2f}) {size / best / 1e6:5.2f} TB/s; "
-            + ", ".join(
-                f"{time:.2f} {tuple(asdict(other).values())}"
-                for time, other in (timed if only else timed[:5])
-            ),
+            + ", ".join(f"{time:.2f} {tuple(asdict(other).values())}" for time, other in timed[:5]),
             flush=True,
         )
     for name, table in tables.items():
@@ -380,17 +332,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tune", type=Path, metavar="FOLDER")
     parser.add_argument("--kinds", default="int4,gguf4,gguf8,fp8", help="of what --tune tunes")
-    parser.add_argument(
-        "--tune-tokens", default="", help="of what --tune tunes; 1: the few that stream through shared memory"
-    )
     parser.add_argument("--tokens", default="1,2,4,8,16,64,256,1024,4096")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     options = parser.parse_args()
     if options.tune:
-        only = [int(m) for m in options.tune_tokens.split(",") if m]
-        tune(options.tune, options.workers, options.kinds.split(","), only)
-    if options.tokens:
-        report([int(m) for m in options.tokens.split(",")])
+        tune(options.tune, options.workers, options.kinds.split(","))
+    report([int(m) for m in options.tokens.split(",")])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,20 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # mypy: disable-error-code="assignment,misc,var-annotated"
 # ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
-"""Triton kernel of `kubeinfer.kernels.int4` for few tokens, on tensor cores; weights on their way wait in registers.
+"""Triton kernel of `kubeinfer.kernels.int4` for few tokens, on tensor cores.
 
-Products and places of threads are those of `kubeinfer.kernels.triton_int4_chunk`.
+On a fast memory such a kernel must spare instructions. Here a code costs seven eighths of a logic instruction: two codes
+a time are put into the mantissas of two 16-bit numbers, which are then multiplied by the tensor cores. In bfloat16 these are
+128 + q; what that and the group's zero add up to leaves at the group's end, as so many times the sum of the inputs, which is a
+product on the tensor cores as well. (float16 would lose bits to its 1,024, which are subtracted before.) Weights are the
+left operand and the tokens, padded to eight, the right one. The blocks of `kubeinfer.kernels.int4` are such that every thread
+reads its own part of the operands and nothing is moved between threads before the sums at the end.
+
+For that the kernel is written thread by thread: all tensors before the end are ``[32 warps]``, an element a thread, and the
+tensor cores are called with inline assembly. The warps of a program share its rows and take the chunks of inputs in turns.
+
+A thread's place in its warp is ``4 g + t``: of the weights it holds rows ``g`` and ``g + 8`` of a tile, of the inputs those of
+token ``g``, of the sums rows ``g`` and ``g + 8`` for the tokens ``2 t`` and ``2 t + 1``.
 """
 
 from __future__ import annotations
@@ -19,17 +30,24 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.int4 import ROWS, Int4Weight
-from kubeinfer.kernels.norm import rms_norm
-from kubeinfer.kernels.triton_int4_chunk import add_chunk, inputs_of, sum_of_warps
-from kubeinfer.kernels.triton_int4_stream import int4_stream_triton, stream_bytes
+from kubeinfer.kernels.triton_int4_stream import StreamConfig, int4_stream_triton, serves
+from kubeinfer.kernels.triton_int4_tile import norm_factors, store_tiles, sum_of_warps
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
-from kubeinfer.kernels.triton_mma import from_thread, load2, load4
+from kubeinfer.kernels.triton_mma import add_squares, codes, from_thread, load2, load4, mma, times
 
 MAX_ROWS = 32
 # Warps that keep the memory of a large GPU busy.
 _ENOUGH_WARPS = 2000
 # Tiles and groups that a warp takes in a program without a loop: of more the compiler asks for too many at once.
 _MOST_UNROLLED = 16
+
+
+@triton.jit
+def split_meta(meta):
+    """fp32 scale and minimum."""
+    scale = (meta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    minimum = (meta >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32), minimum.to(tl.float32)
 
 
 @triton.jit
@@ -48,6 +66,104 @@ def _fetch(
         for i in tl.static_range(128 // GROUP):
             metas = metas + load2(at + i * 16, inside, EVEN)
     return words, metas
+
+
+@triton.jit
+def _inputs(
+    at, step, p: tl.constexpr, left, inside, K: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr
+):
+    """Of a chunk's product ``p`` of 16: of each of the pointers ``at`` two words of two inputs; zeros past the ``left`` ones."""
+    if K % 128 != 0:
+        inside = (step * (WARPS * 128) + p * 16 < left).to(tl.int32)
+    found = ()
+    for i in tl.static_range(len(at)):
+        found = found + load2(at[i] + step * (WARPS * 128) + p * 16, inside, EVEN)
+    return found
+
+
+@triton.jit
+def _chunk(
+    words, metas, xs, norms, x_at, norm_at, step, left, inside, totals, squares,
+    K: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, MINIMUMS: tl.constexpr, NORM: tl.constexpr,
+    TILES: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr, AHEAD: tl.constexpr,
+    MORE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Add a chunk's products to ``totals`` (four of each tile and eight tokens) and its inputs' to ``squares``.
+
+    Where AHEAD, ``xs`` and ``norms`` are the chunk's inputs, and if there is MORE those of the chunk ``step`` are returned; else
+    they are empty, and the chunk is ``step``.
+    """
+    PER: tl.constexpr = GROUP // 16  # products a group
+    # How much the numbers that are multiplied exceed the codes: 128 each in bfloat16, and 128 those of a high and a low plane.
+    OFFSET: tl.constexpr = (128.0 if BF16 else 0.0) * (17 if PLANES == 2 else 1) + (
+        128.0 if PLANES == 2 else 0.0
+    )
+    nothing = tl.zeros([words[0].shape[0]], tl.float32)
+    one = tl.full([words[0].shape[0]], 0x3F803F80 if BF16 else 0x3C003C00, tl.int32)
+    for group in tl.static_range(8 // PER):
+        sums = ()
+        accs = ()
+        for _ in tl.static_range(TOKENS):
+            sums = sums + (nothing, nothing, nothing, nothing)
+        for _ in tl.static_range(TILES * PLANES * TOKENS):
+            accs = accs + (nothing, nothing, nothing, nothing)
+        for p in tl.static_range(group * PER, group * PER + PER):
+            if AHEAD:
+                x, norm = xs[: 2 * TOKENS], norms[:2]
+                xs, norms = xs[2 * TOKENS :], norms[2:]
+                if MORE:
+                    xs = xs + _inputs(x_at, step, p, left, inside, K, WARPS, EVEN)
+                if MORE and NORM:
+                    norms = norms + _inputs(norm_at, step, p, left, inside, K, WARPS, EVEN)
+            else:
+                x = _inputs(x_at, step, p, left, inside, K, WARPS, EVEN)
+                if NORM:
+                    norm = _inputs(norm_at, step, p, left, inside, K, WARPS, EVEN)
+            inputs = ()
+            for i in tl.static_range(TOKENS):
+                b0, b1 = x[2 * i], x[2 * i + 1]
+                if NORM:
+                    square = add_squares(b0, b1, squares[8 * i : 8 * i + 8])
+                    squares = squares[: 8 * i] + square + squares[8 * i + 8 :]
+                    b0, b1 = times(b0, norm[0]), times(b1, norm[1])
+                found = mma(one, one, one, one, b0, b1, sums[4 * i : 4 * i + 4], BF16)
+                sums = sums[: 4 * i] + found + sums[4 * i + 4 :]
+                inputs = inputs + (b0, b1)
+            for r in tl.static_range(TILES * PLANES):
+                word0 = words[r * 8 + p // 2]
+                word1 = words[r * 8 + 4 + p // 2]
+                a0 = codes(word0 >> (p % 2 * 8), BF16)
+                a1 = codes(word1 >> (p % 2 * 8), BF16)
+                a2 = codes(word0 >> (p % 2 * 8 + 4), BF16)
+                a3 = codes(word1 >> (p % 2 * 8 + 4), BF16)
+                for i in tl.static_range(TOKENS):
+                    acc = accs[(r * TOKENS + i) * 4 : (r * TOKENS + i) * 4 + 4]
+                    acc = mma(a0, a1, a2, a3, inputs[2 * i], inputs[2 * i + 1], acc, BF16)
+                    accs = accs[: (r * TOKENS + i) * 4] + acc + accs[(r * TOKENS + i) * 4 + 4 :]
+        for r in tl.static_range(TILES):
+            scales = ()
+            apart = ()  # what a group's inputs count besides, in the unit of the codes where these have zeros
+            for half in tl.static_range(2):
+                meta = metas[2 * (r * (8 // PER) + group) + half]
+                if MINIMUMS:
+                    scale, minimum = split_meta(meta)
+                    apart = apart + (minimum - scale * OFFSET,)
+                else:
+                    scale = (meta & -256).to(tl.float32, bitcast=True)
+                    apart = apart + (-OFFSET - (meta & 255).to(tl.float32),)
+                scales = scales + (scale,)
+            for i in tl.static_range(4 * TOKENS):
+                acc = accs[r * PLANES * 4 * TOKENS + i]
+                if PLANES == 2:
+                    acc = acc * 16.0 + accs[(r * 2 + 1) * 4 * TOKENS + i]
+                total = totals[r * 4 * TOKENS + i]
+                if MINIMUMS:
+                    total += acc * scales[i % 4 // 2]
+                    total += sums[i] * apart[i % 4 // 2]
+                else:
+                    total += (acc + sums[i] * apart[i % 4 // 2]) * scales[i % 4 // 2]
+                totals = totals[: r * 4 * TOKENS + i] + (total,) + totals[r * 4 * TOKENS + i + 1 :]
+    return totals, squares, xs, norms
 
 
 @triton.jit(do_not_specialize=["m", "n", "eps"])
@@ -125,13 +241,13 @@ def _few_kernel(
     left = K - first
     if NORM and AHEAD:
         for p in tl.static_range(8):
-            norms = norms + inputs_of(norm_at, 0, p, left, inside, K, WARPS, EVEN_K)
+            norms = norms + _inputs(norm_at, 0, p, left, inside, K, WARPS, EVEN_K)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if AHEAD:
         for p in tl.static_range(8):
-            xs = xs + inputs_of(x_at, 0, p, left, inside, K, WARPS, EVEN_K)
+            xs = xs + _inputs(x_at, 0, p, left, inside, K, WARPS, EVEN_K)
 
     nothing = tl.zeros([32 * WARPS], tl.float32)
     totals = ()
@@ -143,7 +259,7 @@ def _few_kernel(
     if UNROLL:
         for s in tl.static_range(STEPS):
             inside = (warp + (s + AHEAD) * WARPS < CHUNKS).to(tl.int32)
-            totals, squares, xs, norms = add_chunk(
+            totals, squares, xs, norms = _chunk(
                 words[0], metas[0], xs, norms, x_at, norm_at, s + AHEAD, left, inside, totals, squares,
                 K, GROUP, PLANES, MINIMUMS, NORM, TILES, TOKENS, WARPS, BF16, AHEAD, s + 1 < STEPS, EVEN_K,
             )  # fmt: skip
@@ -160,7 +276,7 @@ def _few_kernel(
                 if AHEAD:
                     step += 1
                 inside = (warp + step * WARPS < CHUNKS).to(tl.int32)
-                totals, squares, xs, norms = add_chunk(
+                totals, squares, xs, norms = _chunk(
                     words[d], metas[d], xs, norms, x_at, norm_at, step, left, inside, totals, squares,
                     K, GROUP, PLANES, MINIMUMS, NORM, TILES, TOKENS, WARPS, BF16, AHEAD, True, False,
                 )  # fmt: skip
@@ -169,38 +285,18 @@ def _few_kernel(
                 words = words[:d] + (fetched[0],) + words[d + 1 :]
                 metas = metas[:d] + (fetched[1],) + metas[d + 1 :]
 
-    lanes = tl.arange(0, 32)
     for i in tl.static_range(TOKENS):
         factors = ()
         if NORM:
             even = from_thread(squares[8 * i] + squares[8 * i + 6], place % 4 * 9)
             odd = from_thread(squares[8 * i + 1] + squares[8 * i + 7], place % 4 * 9 + 4)
-            both = sum_of_warps((even, odd), WARPS)
-            factors = (tl.rsqrt(both[0] / K + eps), tl.rsqrt(both[1] / K + eps))
+            factors = norm_factors(even, odd, eps, K, WARPS)
         sums = ()
         for r in tl.static_range(TILES):
             sums = sums + sum_of_warps(totals[(r * TOKENS + i) * 4 : (r * TOKENS + i) * 4 + 4], WARPS)
-        for r in tl.static_range(OWN):
-            for e in tl.static_range(4):
-                row = (tl.program_id(0) * OWN + r) * 16 + e // 2 * 8 + lanes // 4
-                token = i * 8 + lanes % 4 * 2 + e % 2
-                inside = (row < n) & (token < m)
-                result = sums[r * 4 + e]
-                if NORM:
-                    result *= factors[e % 2]
-                if HAS_BIAS:
-                    result += tl.load(bias_ptr + row, mask=row < n, other=0.0).to(tl.float32)
-                if GATED:
-                    up = sums[(OWN + r) * 4 + e]
-                    if NORM:
-                        up *= factors[e % 2]
-                    if HAS_BIAS:
-                        up += tl.load(bias_ptr + n + row, mask=row < n, other=0.0).to(tl.float32)
-                    result = result / (1.0 + tl.exp(-result)) * up
-                target = out_ptr + token.to(tl.int64) * STRIDE_OUT + row
-                if ADD:
-                    result += tl.load(target, mask=inside, other=0.0).to(tl.float32)
-                tl.store(target, result.to(out_ptr.dtype.element_ty), mask=inside)
+        store_tiles(
+            sums, factors, bias_ptr, out_ptr, m, n, i * 8, STRIDE_OUT, NORM, GATED, HAS_BIAS, ADD, OWN
+        )  # fmt: skip
 
 
 _FEW = Kernel(_few_kernel)
@@ -208,22 +304,12 @@ _FEW = Kernel(_few_kernel)
 
 @dataclass(frozen=True, slots=True)
 class Int4Config:
-    """Tiles of 16 rows a program (of a gated layer's halves together), warps, chunks of a warp fetched ahead, most registers.
-
-    Of up to eight tokens, with ``stages`` the weights on their way wait in shared memory, of so many steps less one
-    (`kubeinfer.kernels.triton_int4_stream`); inputs are asked for a step ahead with ``depth`` 2, and ``per_processor`` programs a multiprocessor
-    share the work evenly (0: each has tiles of its own). With ``norm_apart`` (1) another kernel makes the norm; with
-    ``subnormal`` (1) codes are multiplied as subnormal bfloat16 numbers, which takes fewer instructions.
-    """
+    """Tiles of 16 rows a program (of a gated layer's halves together), warps, chunks of a warp fetched ahead, most registers."""
 
     tiles: int
     num_warps: int
     depth: int
     registers: int = 0
-    stages: int = 0
-    per_processor: int = 0
-    norm_apart: int = 0
-    subnormal: int = 0
 
 
 def layout(weight: Int4Weight) -> tuple[int, int, int, bool]:
@@ -237,21 +323,17 @@ def _has_tensor_cores() -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
-def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | None:
+def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | StreamConfig | None:
     """How `int4_few_triton` computes it; None where it has no kernel, or cuBLAS on the dequantized weight is faster."""
     if x.shape[0] > MAX_ROWS or weight.k % 4 or (gated and weight.n // 2 % ROWS) or not _has_tensor_cores():
         return None
     n, kind = (weight.n // 2, "gated") if gated else (weight.n, "plain")
+    if serves(x, weight):
+        found = tuned.lookup("int4", f"{kind}/{n}x{weight.k}/m8/stream")
+        if found is not None:
+            return StreamConfig(**found)
     config = find_config(x.shape[0], n, weight.k, kind, weight.bits // 4, weight.group)
     return config if config.tiles else None
-
-
-@functools.cache
-def _shared_memory() -> int:
-    """Bytes that a program may have; those of the GPU that the configurations are tuned on where there is none to ask."""
-    if not torch.cuda.is_available():
-        return 227 << 10
-    return int(torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin)
 
 
 @functools.cache
@@ -262,9 +344,7 @@ def find_config(m: int, n: int, k: int, kind: str, planes: int = 1, group: int =
     form = "" if plain else f"/{4 * planes}-{group}"
     found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{8 * tokens}{form}")
     if found is not None:
-        config = Int4Config(**found)
-        if stream_bytes(config.tiles, config.num_warps, config.stages, planes, group) <= _shared_memory():
-            return config
+        return Int4Config(**found)
     if tokens > 2:
         return Int4Config(0, 0, 0)
     chunks = triton.cdiv(k, 128)
@@ -287,7 +367,7 @@ def int4_few_triton(
     eps: float,
     gated: bool,
     residual: Tensor | None,
-    config: Int4Config,
+    config: Int4Config | StreamConfig,
 ) -> Tensor:
     """`kubeinfer.kernels.int4.int4_linear` where `few_config` finds a configuration; the weight's order is the inputs'.
 
@@ -297,16 +377,9 @@ def int4_few_triton(
     n = weight.n // 2 if gated else weight.n
     if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
         x = x.clone(memory_format=torch.contiguous_format)
-    if norm_weight is not None and config.norm_apart:
-        x, norm_weight = rms_norm(x, norm_weight, eps), None
+    if isinstance(config, StreamConfig):
+        return int4_stream_triton(x, weight, bias, norm_weight, eps, gated, residual, config)
     out = residual if residual is not None else torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if config.stages:
-        int4_stream_triton(
-            x, weight, bias, norm_weight, eps, gated, out, residual is not None,
-            config.tiles, config.num_warps, config.stages, config.per_processor, config.registers,
-            bool(config.subnormal) and x.dtype == torch.bfloat16, config.depth > 1,
-        )  # fmt: skip
-        return out
     chunks = weight.words.shape[1]
     steps = triton.cdiv(chunks, config.num_warps)
     tokens = triton.next_power_of_2(triton.cdiv(m, 8))

@@ -15,8 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels.int4 import Int4Weight
-from kubeinfer.kernels.triton_int4 import layout
-from kubeinfer.kernels.triton_int4_chunk import split_meta
+from kubeinfer.kernels.triton_int4 import layout, split_meta
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 
 _BLOCK_N = 64  # rows a program

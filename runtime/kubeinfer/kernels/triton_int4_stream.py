@@ -1,51 +1,43 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # mypy: disable-error-code="assignment,misc,var-annotated"
 # ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
-"""Triton kernel of `kubeinfer.kernels.int4` for up to eight tokens; weights on their way wait in shared memory.
+"""Triton kernel of `kubeinfer.kernels.int4` for up to eight tokens in bfloat16; weights on their way wait in shared memory.
 
-Products and places of threads are those of `kubeinfer.kernels.triton_int4_chunk`. Weights are copied past the registers
-(cp.async), steps ahead of their use, so that a thread has few and many warps fit a multiprocessor. A thread copies just what it
-multiplies: nothing changes places. The first steps are asked for before the kernel before has ended, whose output is waited for
-inside the loop.
+Products and places of threads are those of `kubeinfer.kernels.triton_int4`. Weights are copied past the registers (cp.async),
+steps ahead of their use, so that a thread has few and many warps fit a multiprocessor. A thread copies just what it multiplies:
+nothing changes places. The first steps are asked for before the kernel before has ended, whose output is waited for inside the
+loop. A step is a chunk of 128 inputs for each warp of a program, of all its tiles.
 
-A step is a chunk for each warp of a program, of all its tiles. Tiles times steps are one long list; a program takes one tile's
-(or several neighbouring tiles') steps, or the list is cut into equal runs, whatever the number of outputs (stream-K: Osama et
-al., arXiv 2301.03598). Of a tile that several programs have parts of, the last to arrive adds the parts, in a fixed order.
+Codes are multiplied as they stand in the words, in bits 0 to 3 or 4 to 7 of 16: as subnormal (or the least normal) bfloat16
+numbers of 2**-133 or 2**-129 a unit, which spares half of the shifts. The inputs are multiplied by 2**64 or 2**60 for that, so
+that magnitudes from 2**-57 to 2**63 keep all bits. Whether tensor cores take subnormal numbers as they are is not written
+anywhere: it was seen on an H200, and the kernel is only for its generation.
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kubeinfer.kernels.int4 import ROWS, Int4Weight
-from kubeinfer.kernels.triton_int4_chunk import SUBNORMAL_UNIT, add_chunk, inputs_of, sum_of_warps
-from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches, processors
-from kubeinfer.kernels.triton_mma import from_thread, load2
-from kubeinfer.kernels.triton_split import MAX_TILES, scratch
+from kubeinfer.kernels.int4 import CHUNK, ROWS, Int4Weight
+from kubeinfer.kernels.norm import rms_norm
+from kubeinfer.kernels.triton_int4_tile import norm_factors, store_tiles, sum_of_warps
+from kubeinfer.kernels.triton_launch import Kernel
+from kubeinfer.kernels.triton_mma import add_squares, from_thread, load2, mma, times
 
 MAX_ROWS = 8
-
-
-@triton.jit
-def _wait_before(step):
-    """Before the first step, until the kernel before has ended. (A branch would be moved behind what must wait.)"""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred first;
-        setp.eq.s32 first, $1, 0;
-        @first griddepcontrol.wait;
-        @first griddepcontrol.launch_dependents;
-        mov.b32 $0, 0;
-        }""",
-        "=r,r", [step], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+_UNIT = tl.constexpr(2.0**-69)  # of the sums: 2**64 of the inputs times 2**-133 of the codes
 
 
 @triton.jit
 def _wait_and_read(step, at, xs):
-    """`_wait_before` the first step, and then read its inputs: 16 words of two, of eight products; else ``xs``."""
+    """Before the first step, wait until the kernel before has ended and read the first inputs; else ``xs``, all 16 words."""
+    # A branch around a wait and loads would be moved behind what must come after them.
     return tl.inline_asm_elementwise(
         """{
         .reg .pred first;
@@ -68,10 +60,7 @@ def _wait_and_read(step, at, xs):
             at, step, xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7],
             xs[8], xs[9], xs[10], xs[11], xs[12], xs[13], xs[14], xs[15],
         ],
-        dtype=(
-            tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
-            tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
-        ),
+        dtype=(tl.int32,) * 16,
         is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -83,14 +72,6 @@ def _read(at):
     for p in tl.static_range(8):
         found = found + load2(at + p * 16, tl.zeros([1], tl.int32), True)
     return found
-
-
-@triton.jit
-def _all_threads():
-    """Wait for all threads of the program. Of the usual barrier in it a loop would not be pipelined."""
-    tl.inline_asm_elementwise(
-        "bar.sync 0; mov.u32 $0, $1;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -110,9 +91,8 @@ def _fours(values, T: tl.constexpr):
     """Of each row of ``[R, 4 T]`` the four tensors ``[T]`` of a thread's words."""
     R: tl.constexpr = values.shape[0]
     even, odd = tl.split(tl.reshape(values, [R, T, 2, 2]))
-    found0, found2 = tl.split(even)
-    found1, found3 = tl.split(odd)
-    found0, found1, found2, found3 = _rows(found0), _rows(found1), _rows(found2), _rows(found3)
+    even, odd = tl.split(even), tl.split(odd)
+    found0, found1, found2, found3 = _rows(even[0]), _rows(odd[0]), _rows(even[1]), _rows(odd[1])
     found = ()
     for r in tl.static_range(R):
         found = found + (found0[r], found1[r], found2[r], found3[r])
@@ -122,8 +102,8 @@ def _fours(values, T: tl.constexpr):
 @triton.jit
 def _twos(values):
     """Of each row of ``[R, T, 2]`` the two tensors ``[T]``."""
-    found0, found1 = tl.split(values)
-    found0, found1 = _rows(found0), _rows(found1)
+    even, odd = tl.split(values)
+    found0, found1 = _rows(even), _rows(odd)
     found = ()
     for r in tl.static_range(values.shape[0]):
         found = found + (found0[r], found1[r])
@@ -131,249 +111,124 @@ def _twos(values):
 
 
 @triton.jit
-def _nothing(THREADS: tl.constexpr, COUNT: tl.constexpr):
-    found = ()
-    for _ in tl.static_range(COUNT):
-        found = found + (tl.zeros([THREADS], tl.float32),)
-    return found
-
-
-@triton.jit
-def _store(
-    sums, squares, tile, bias_ptr, out_ptr, m, eps, N: tl.constexpr, K: tl.constexpr, STRIDE_OUT: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, OWN: tl.constexpr,
-    WARPS: tl.constexpr,
-):  # fmt: skip
-    """Outputs of a program's tiles from their sums, four tensors ``[32]`` each."""
-    lanes = tl.arange(0, 32)
-    if NORM:
-        source = tl.arange(0, 32 * WARPS) % 4 * 9
-        even = from_thread(squares[0] + squares[6], source)
-        odd = from_thread(squares[1] + squares[7], source + 4)
-        both = sum_of_warps((even, odd), WARPS)
-        factors = (tl.rsqrt(both[0] / K + eps), tl.rsqrt(both[1] / K + eps))
-    for r in tl.static_range(OWN):
-        for e in tl.static_range(4):
-            row = (tile * OWN + r) * 16 + e // 2 * 8 + lanes // 4
-            token = lanes % 4 * 2 + e % 2
-            inside = (row < N) & (token < m)
-            result = sums[r * 4 + e]
-            if NORM:
-                result *= factors[e % 2]
-            if HAS_BIAS:
-                result += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
-            if GATED:
-                up = sums[(OWN + r) * 4 + e]
-                if NORM:
-                    up *= factors[e % 2]
-                if HAS_BIAS:
-                    up += tl.load(bias_ptr + N + row, mask=row < N, other=0.0).to(tl.float32)
-                result = result / (1.0 + tl.exp(-result)) * up
-            target = out_ptr + token.to(tl.int64) * STRIDE_OUT + row
-            if ADD:
-                result += tl.load(target, mask=inside, other=0.0).to(tl.float32)
-            tl.store(target, result.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _finish(
-    totals, squares, tile, bias_ptr, out_ptr, sums_ptr, counter_ptr, m, eps, N: tl.constexpr, K: tl.constexpr,
-    STRIDE_OUT: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
-    TILES: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
-    SUBNORMAL: tl.constexpr,
-):  # fmt: skip
-    """The end of a program's part of ``tile``, of which up to PARTS programs have parts."""
-    OWN: tl.constexpr = TILES // 2 if GATED else TILES
-    sums = ()
+def _add_chunk(words, metas, xs, norms, totals, squares, NORM: tl.constexpr, TILES: tl.constexpr):
+    """Add a chunk's products to ``totals``, four tensors a tile that count by `_UNIT`, and its inputs' squares to ``squares``."""
+    nothing = tl.zeros([words[0].shape[0]], tl.float32)
+    one = tl.full([words[0].shape[0]], 0x00010001, tl.int32)  # where a code has it
+    one8 = tl.full([words[0].shape[0]], 0x00100010, tl.int32)
+    power = tl.full([words[0].shape[0]], 0x5F805F80, tl.int32)  # 2**64
+    power8 = tl.full([words[0].shape[0]], 0x5D805D80, tl.int32)  # 2**60
+    sums, accs = (nothing,) * 4, (nothing,) * (4 * TILES)
+    for p in tl.static_range(8):
+        b0, b1 = xs[2 * p], xs[2 * p + 1]
+        if NORM:
+            squares = add_squares(b0, b1, squares)
+            b0, b1 = times(b0, norms[2 * p]), times(b1, norms[2 * p + 1])
+        b0, b1 = times(b0, power), times(b1, power8)
+        sums = mma(one, one, one8, one8, b0, b1, sums, True)
+        for r in tl.static_range(TILES):
+            word0, word1 = words[r * 8 + p // 2] >> (p % 2 * 8), words[r * 8 + 4 + p // 2] >> (p % 2 * 8)
+            a0, a1, a2, a3 = word0 & 0x000F000F, word1 & 0x000F000F, word0 & 0x00F000F0, word1 & 0x00F000F0
+            acc = mma(a0, a1, a2, a3, b0, b1, accs[r * 4 : r * 4 + 4], True)
+            accs = accs[: r * 4] + acc + accs[r * 4 + 4 :]
     for r in tl.static_range(TILES):
-        found = sum_of_warps(totals[r * 4 : r * 4 + 4], WARPS)
+        scales = ()
+        apart = ()  # what a group's inputs count besides
+        for half in tl.static_range(2):
+            meta = metas[2 * r + half]
+            scales = scales + ((meta & -256).to(tl.float32, bitcast=True),)
+            apart = apart + (-(meta & 255).to(tl.float32),)
         for e in tl.static_range(4):
-            sums = sums + ((found[e] * (1.0 / SUBNORMAL_UNIT) if SUBNORMAL else found[e]),)
-    if PARTS == 1:
-        _store(
-            sums, squares, tile, bias_ptr, out_ptr, m, eps, N, K, STRIDE_OUT, NORM, GATED, HAS_BIAS, ADD, OWN, WARPS
-        )  # fmt: skip
-    else:
-        program = tl.program_id(0)
-        low = tile * STEPS // UNITS  # programs that have parts of this tile
-        high = (tile * STEPS + STEPS - 1) // UNITS
-        last = True
-        # A program may have the first part of one tile, its last, and another part of one, its first.
-        at = sums_ptr + tl.arange(0, 32)
-        slot = at + (2 * program + (program == low).to(tl.int32)) * (TILES * 128)
-        if high > low:
-            for i in tl.static_range(4 * TILES):
-                tl.store(slot + i * 32, sums[i])
-        _all_threads()  # the program's sums are stored before one of its threads counts it
-        if high > low:
-            last = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == high - low
-        if last:
-            if high > low:
-                tl.store(counter_ptr + tile, 0)
-                added = ()
-                for i in tl.static_range(4 * TILES):
-                    added = added + (
-                        tl.load(at + (2 * low + 1) * (TILES * 128) + i * 32, cache_modifier=".cg"),
-                    )
-                for part in tl.static_range(1, PARTS):
-                    if low + part <= high:
-                        more = ()
-                        for i in tl.static_range(4 * TILES):
-                            other = tl.load(
-                                at + 2 * (low + part) * (TILES * 128) + i * 32, cache_modifier=".cg"
-                            )
-                            more = more + (added[i] + other,)
-                        added = more
-                sums = added
-            _store(
-                sums, squares, tile, bias_ptr, out_ptr, m, eps, N, K, STRIDE_OUT, NORM, GATED, HAS_BIAS, ADD, OWN, WARPS
-            )  # fmt: skip
+            total = totals[r * 4 + e] + (accs[r * 4 + e] + sums[e] * apart[e // 2]) * scales[e // 2]
+            totals = totals[: r * 4 + e] + (total,) + totals[r * 4 + e + 1 :]
+    return totals, squares
 
 
 @triton.jit(do_not_specialize=["m", "eps"])
 def _stream_kernel(
-    x_ptr,
-    norm_ptr,
-    words_ptr,
-    meta_ptr,
-    bias_ptr,
-    out_ptr,
-    sums_ptr,
-    counter_ptr,
-    m,
-    eps,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PLANES: tl.constexpr,
-    MINIMUMS: tl.constexpr,
-    STRIDE_X: tl.constexpr,
-    STRIDE_OUT: tl.constexpr,
-    NORM: tl.constexpr,
-    GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ADD: tl.constexpr,
-    TILES: tl.constexpr,
-    WARPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    TOTAL: tl.constexpr,
-    UNITS: tl.constexpr,
-    SUBNORMAL: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    # Of TOTAL steps a program has UNITS. Its tiles are, of a gated layer, first TILES / 2 of gates and then theirs of the other half.
+    x_ptr, norm_ptr, words_ptr, meta_ptr, bias_ptr, out_ptr, m, eps, N: tl.constexpr, K: tl.constexpr,
+    STRIDE_X: tl.constexpr, STRIDE_OUT: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # A program has TILES tiles of rows, of a gated layer first TILES / 2 of gates and then theirs of the other half.
     OWN: tl.constexpr = TILES // 2 if GATED else TILES
-    STEPS: tl.constexpr = (CHUNKS + WARPS - 1) // WARPS
-    PARTS: tl.constexpr = 1 if UNITS % STEPS == 0 else (STEPS - 2 + UNITS) // UNITS + 1
-    EVEN: tl.constexpr = CHUNKS % WARPS == 0
+    CHUNKS: tl.constexpr = K // 128
+    STEPS: tl.constexpr = CHUNKS // WARPS
     THREADS: tl.constexpr = 32 * WARPS
-    GROUPS: tl.constexpr = 128 // GROUP
-    BLOCK: tl.constexpr = PLANES * 256  # words of a chunk of a tile
-    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
-    begin = tl.program_id(0) * UNITS
+    begin = tl.program_id(0) * STEPS  # of all tiles' steps in a row
     threads = tl.arange(0, THREADS)
     warp = threads // 32
     place = threads % 32
-    half = tl.arange(0, TILES * PLANES * 2)  # rows g or g + 8 of a plane of a tile
-    own = half // (2 * PLANES)
-    own = own // OWN * (N // 16) + own % OWN
+    half = tl.arange(0, TILES * 2)  # rows g or g + 8 of a tile
+    own = half // 2 // OWN * (N // 16) + half // 2 % OWN
     word = tl.arange(0, 4 * THREADS)
-    words_at = words_ptr + (own.to(tl.int64) * (CHUNKS * BLOCK) + half % (2 * PLANES) * 128)[:, None]
-    words_at += (word // 128 * BLOCK + word % 128)[None, :]
-    group = tl.arange(0, TILES * GROUPS)
-    own = group // GROUPS
-    own = own // OWN * (N // 16) + own % OWN
-    meta_at = meta_ptr + (own.to(tl.int64) * (CHUNKS * GROUPS * 16) + group % GROUPS * 16)[:, None, None]
-    meta_at += (warp * (GROUPS * 16) + place // 4 * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
-    first = warp * 128 + place % 4 * 4  # of the thread's inputs
+    words_at = words_ptr + (own.to(tl.int64) * (CHUNKS * 256) + half % 2 * 128)[:, None]
+    words_at += (word // 128 * 256 + word % 128)[None, :]
+    own = tl.arange(0, TILES) // OWN * (N // 16) + tl.arange(0, TILES) % OWN
+    meta_at = meta_ptr + (own.to(tl.int64) * (CHUNKS * 16))[:, None, None]
+    meta_at += (warp * 16 + place // 4 * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
     x_row = x_ptr + tl.minimum(place // 4, m - 1).to(tl.int64) * STRIDE_X + place % 4 * 4
-    x_at = (x_row + warp * 128,)
-    norm_at = (norm_ptr + first,)
-    left = K - first
-    xs = ()
+    norm_row = norm_ptr + place % 4 * 4
+    first_at = x_row + (begin % STEPS * WARPS + warp) * 128
+    xs = (tl.zeros([THREADS], tl.int32),) * 16
     norms = ()
-    if AHEAD:
-        chunk = begin % STEPS * WARPS + warp
-        if not EVEN:
-            chunk = tl.minimum(chunk, CHUNKS - 1)  # whose weights are zeros where they are past the end
-        now_at = x_row + chunk * 128
-        if PDL:
-            for _ in tl.static_range(16):
-                xs = xs + (tl.zeros([THREADS], tl.int32),)
-        else:
-            xs = _read(now_at)
-        if NORM:
-            norms = _read(norm_ptr + place % 4 * 4 + chunk * 128)
-
-    totals = _nothing(THREADS, 4 * TILES)
-    squares = _nothing(THREADS, 8)
-    count = UNITS
-    if TOTAL % UNITS != 0:
-        count = tl.minimum(UNITS, TOTAL - begin)
-    for i in tl.range(0, count, num_stages=STAGES):
+    if NORM:
+        norms = _read(norm_ptr + place % 4 * 4 + (begin % STEPS * WARPS + warp) * 128)
+    nothing = tl.zeros([THREADS], tl.float32)
+    squares, totals = (nothing,) * 8, (nothing,) * (4 * TILES)
+    for i in tl.range(0, STEPS, num_stages=STAGES):
         unit = begin + i
-        tile = unit // STEPS
-        step = unit % STEPS
-        inside = (warp + step * WARPS < CHUNKS).to(tl.int32)
-        if AHEAD:
-            if PDL:
-                xs = _wait_and_read(i, now_at, xs)
-            now, now_norms = xs, norms
-            chunk = (unit + 1) % STEPS * WARPS + warp
-            if not EVEN:
-                chunk = tl.minimum(chunk, CHUNKS - 1)
-            xs = _read(x_row + chunk * 128)
-            if NORM:
-                norms = _read(norm_ptr + place % 4 * 4 + chunk * 128)
-        else:
-            if PDL:
-                _wait_before(i)
-            now = ()
-            now_norms = ()
-            for p in tl.static_range(8):
-                now = now + inputs_of(x_at, step, p, left, inside, K, WARPS, EVEN and K % 128 == 0)
-                if NORM:
-                    now_norms = now_norms + inputs_of(
-                        norm_at, step, p, left, inside, K, WARPS, EVEN and K % 128 == 0
-                    )
-        far = tile.to(tl.int64) * (OWN * CHUNKS)
-        if EVEN:
-            words = tl.load(words_at + (far + step * WARPS) * BLOCK)
-            metas = tl.load(meta_at + (far + step * WARPS) * (GROUPS * 16))
-        else:
-            wanted = (word // 128 + step * WARPS < CHUNKS)[None, :]
-            words = tl.load(words_at + (far + step * WARPS) * BLOCK, mask=wanted, other=0)
-            wanted = (warp + step * WARPS < CHUNKS)[None, :, None]
-            metas = tl.load(meta_at + (far + step * WARPS) * (GROUPS * 16), mask=wanted, other=0)
-        added = add_chunk(
-            _fours(words, THREADS), _twos(metas), now, now_norms, x_at, norm_at, step, left, inside, totals, squares,
-            K, GROUP, PLANES, MINIMUMS, NORM, TILES, 1, WARPS, BF16, True, False, EVEN, SUBNORMAL,
-        )  # fmt: skip
-        totals, squares = added[0], added[1]
-        if UNITS != STEPS:  # noqa: SIM102 - known when the kernel is compiled
-            if (step == STEPS - 1) | (i == count - 1):
-                _finish(
-                    totals, squares, tile, bias_ptr, out_ptr, sums_ptr, counter_ptr, m, eps,
-                    N, K, STRIDE_OUT, NORM, GATED, HAS_BIAS, ADD, TILES, WARPS, STEPS, UNITS, PARTS, SUBNORMAL,
-                )  # fmt: skip
-                totals = _nothing(THREADS, 4 * TILES)
-                squares = _nothing(THREADS, 8)
-    if UNITS == STEPS:
-        _finish(
-            totals, squares, tl.program_id(0), bias_ptr, out_ptr, sums_ptr, counter_ptr, m, eps,
-            N, K, STRIDE_OUT, NORM, GATED, HAS_BIAS, ADD, TILES, WARPS, STEPS, UNITS, PARTS, SUBNORMAL,
-        )  # fmt: skip
+        xs = _wait_and_read(i, first_at, xs)
+        now, now_norms = xs, norms
+        ahead = ((unit + 1) % STEPS * WARPS + warp) * 128  # of the last step the first again, for nothing
+        xs = _read(x_row + ahead)
+        if NORM:
+            norms = _read(norm_ptr + place % 4 * 4 + ahead)
+        at = (unit // STEPS).to(tl.int64) * (OWN * CHUNKS) + unit % STEPS * WARPS
+        words = tl.load(words_at + at * 256)
+        metas = tl.load(meta_at + at * 16)
+        totals, squares = _add_chunk(
+            _fours(words, THREADS), _twos(metas), now, now_norms, totals, squares, NORM, TILES
+        )
+    sums = ()
+    for r in tl.static_range(TILES):
+        found = sum_of_warps(totals[r * 4 : r * 4 + 4], WARPS)
+        for e in tl.static_range(4):
+            sums = sums + (found[e] * (1.0 / _UNIT),)
+    factors = ()
+    if NORM:
+        source = threads % 4 * 9
+        even = from_thread(squares[0] + squares[6], source)
+        odd = from_thread(squares[1] + squares[7], source + 4)
+        factors = norm_factors(even, odd, eps, K, WARPS)
+    store_tiles(sums, factors, bias_ptr, out_ptr, m, N, 0, STRIDE_OUT, NORM, GATED, HAS_BIAS, ADD, OWN)
 
 
 _STREAM = Kernel(_stream_kernel)
 
 
-def stream_bytes(tiles: int, num_warps: int, stages: int, planes: int, group: int) -> int:
-    """Shared memory of a program: words, scales (which four threads have each) and sums."""
-    step = tiles * num_warps * (planes * 1024 + 128 // group * 256)
-    return max(0, stages - 1) * step + num_warps * 32 * 16
+@dataclass(frozen=True, slots=True)
+class StreamConfig:
+    """Tiles of 16 rows a program (of a gated layer's halves together), warps, steps of weights in shared memory plus one.
+
+    With ``norm_apart`` (1), another kernel makes the norm.
+    """
+
+    tiles: int
+    num_warps: int
+    stages: int
+    norm_apart: int
+
+
+@functools.cache
+def _known_generation() -> bool:
+    """Hopper's. (In the interpreter there is no GPU to ask.)"""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
+
+
+def serves(x: Tensor, weight: Int4Weight) -> bool:
+    plain = weight.bits == 4 and weight.group == CHUNK and not weight.minimums
+    return plain and x.dtype == torch.bfloat16 and x.shape[0] <= MAX_ROWS and _known_generation()
 
 
 def int4_stream_triton(
@@ -383,47 +238,26 @@ def int4_stream_triton(
     norm_weight: Tensor | None,
     eps: float,
     gated: bool,
-    out: Tensor,
-    add: bool,
-    tiles: int,
-    num_warps: int,
-    stages: int,
-    per_processor: int,
-    max_registers: int,
-    subnormal: bool,
-    inputs_ahead: bool,
-) -> None:
-    """As `kubeinfer.kernels.triton_int4.int4_few_triton` into ``out``, or added to it.
-
-    ``per_processor`` programs a multiprocessor take equal runs of steps; 0: a program takes all steps of its tiles.
-    """
+    residual: Tensor | None,
+    config: StreamConfig,
+) -> Tensor:
+    """As `kubeinfer.kernels.triton_int4.int4_few_triton`, where it `serves` and whole steps and programs come out."""
     m, k = x.shape
     n = weight.n // 2 if gated else weight.n
-    chunks = weight.words.shape[1]
-    own = tiles // 2 if gated else tiles
-    if m > MAX_ROWS or not own or triton.cdiv(n, ROWS) % own or (gated and n % ROWS):
-        raise ValueError(f"{tiles} tiles a program do not go into {n} outputs of {m} tokens.")
-    rows = triton.cdiv(n, ROWS) // own
-    steps = triton.cdiv(chunks, num_warps)
-    units = steps
-    if per_processor:
-        units = triton.cdiv(rows * steps, processors(x.device) * per_processor)
-        if norm_weight is not None:  # which needs all inputs of a tile
-            units = triton.cdiv(units, steps) * steps
-    programs = triton.cdiv(rows * steps, units)
-    parts = scratch(x.device)
-    if units % steps and (2 * programs * tiles * 128 > parts.sums.numel() or rows > MAX_TILES):
-        raise ValueError(f"{programs} programs need more scratch memory than there is for {n} outputs.")
-    # Their last chunk is read again by warps that have none: its squares would count twice.
-    inputs_ahead &= k % 128 == 0 and (norm_weight is None or chunks % num_warps == 0)
-    pdl = overlaps_launches()
+    own = config.tiles // 2 if gated else config.tiles
+    if not serves(x, weight) or k % (CHUNK * config.num_warps) or not own or n % (ROWS * own):
+        raise ValueError(f"{config} is not for {m} tokens in {x.dtype} and {n} outputs of {k} inputs.")
+    if norm_weight is not None and config.norm_apart:
+        x, norm_weight = rms_norm(x, norm_weight, eps), None
+    out = residual if residual is not None else torch.empty(m, n, dtype=x.dtype, device=x.device)
     args = (
         x, norm_weight if norm_weight is not None else x, weight.words, weight.meta, bias if bias is not None else x, out,
-        parts.sums, parts.counters, m, eps,
+        m, eps,
     )  # fmt: skip
     constants = (
-        n, k, chunks, weight.group, weight.bits // 4, weight.minimums, x.stride(0), out.stride(0),
-        norm_weight is not None, gated, bias is not None, add,
-        tiles, num_warps, stages, rows * steps, units, subnormal, inputs_ahead, pdl,
+        n, k, x.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None, residual is not None,
+        config.tiles, config.num_warps, config.stages,
     )  # fmt: skip
-    _STREAM.launch((programs, 1, 1), args, constants, num_warps, stages, pdl=pdl, max_registers=max_registers)
+    programs = n // (ROWS * own)
+    _STREAM.launch((programs, 1, 1), args, constants, config.num_warps, config.stages, pdl=True)
+    return out

@@ -38,12 +38,6 @@ def has_tensor_memory_accelerator() -> bool:
     return _hopper()
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 @triton.jit
 def fetch_ahead(pointers):
     """Ask the L2 cache for the lines at ``pointers``; nothing is returned."""

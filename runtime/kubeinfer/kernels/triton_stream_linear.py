@@ -30,7 +30,6 @@ from kubeinfer.kernels.triton_launch import (
     fetch_ahead,
     has_tensor_memory_accelerator,
     overlaps_launches,
-    processors,
 )
 from kubeinfer.kernels.triton_split import MAX_TILES, scratch
 
@@ -215,6 +214,11 @@ class StreamConfig:
     per_processor: int
 
 
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def stream_linear_triton(
     x: Tensor,
     weight: Tensor,
@@ -236,7 +240,7 @@ def stream_linear_triton(
     n = out.shape[1]
     block_m = max(16, triton.next_power_of_2(m))
     tiles, steps = triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_k)
-    units = triton.cdiv(tiles * steps, processors(x.device) * config.per_processor)
+    units = triton.cdiv(tiles * steps, _processors(x.device) * config.per_processor)
     programs = triton.cdiv(tiles * steps, units)
     parts = scratch(x.device)
     needed = programs * block_m * config.block_n * (2 if gated else 1)

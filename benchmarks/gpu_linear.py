@@ -29,11 +29,12 @@ from torch import Tensor
 from kubeinfer.kernels import linear as linear_module
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.norm import fused_add_rms_norm
+from kubeinfer.kernels.triton_few_linear import MAX_TOKENS, FewConfig
 from kubeinfer.kernels.triton_linear import Config, linear_triton
 from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig
 from kubeinfer.kernels.triton_stream_linear import StreamConfig
 
-AnyConfig = Config | SkinnyConfig | StreamConfig
+AnyConfig = Config | FewConfig | SkinnyConfig | StreamConfig
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _TURNS_BYTES = 384 << 20
 
@@ -109,6 +110,8 @@ def few_tokens_candidates(product: Product, m: int) -> list[AnyConfig]:
         step = 2 * stream.block_k * (stream.block_n * (2 if product.gated else 1) + max(m, 16))
         if stream.stages * step * stream.per_processor <= 220_000:
             found.append(stream)
+    if m <= MAX_TOKENS:
+        found += [FewConfig(*few) for few in ((4, 2), (4, 3), (8, 2), (8, 3), (8, 4), (16, 2))]
     return found
 
 

@@ -42,6 +42,13 @@ CASES = [
     (7, 3584, 3584, True, ("stream", 64, 128, 4, 3, 1)),
     (32, 9473, 1032, True, ("stream", 64, 64, 4, 4, 2)),
     (20, 300, 4872, False, ("stream", 32, 128, 4, 4, 1)),
+    # of the kernel of small programs: warps, chunks of 64 inputs fetched ahead
+    (3, 37, 200, True, ("few", 4, 2)),
+    (8, 130, 3584, True, ("few", 4, 3)),
+    (2, 96, 896, False, ("few", 8, 3)),
+    (6, 1000, 4872, True, ("few", 16, 2)),
+    (7, 300, 18944, True, ("few", 8, 4)),
+    (5, 64, 3584, False, ("few", 8, 4)),
 ]
 
 
@@ -59,13 +66,20 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
 def use(monkeypatch: pytest.MonkeyPatch, device: str, config: tuple[Any, ...]) -> None:
     """On GPUs every small product takes our kernel, so configured."""
     if torch.zeros(1, device=device).is_cuda:
-        from kubeinfer.kernels import triton_linear, triton_skinny_linear, triton_stream_linear
+        from kubeinfer.kernels import (
+            triton_few_linear,
+            triton_linear,
+            triton_skinny_linear,
+            triton_stream_linear,
+        )
 
         chosen: Any
         if config[0] == "stream":
             if not triton_stream_linear.streams():
                 pytest.skip("about GPUs with a copy engine")
             chosen = triton_stream_linear.StreamConfig(*config[1:])
+        elif config[0] == "few":
+            chosen = triton_few_linear.FewConfig(*config[1:])
         else:
             chosen = (triton_skinny_linear.SkinnyConfig if len(config) == 5 else triton_linear.Config)(
                 *config
@@ -118,6 +132,9 @@ def test_fused_linear(
         (3, 200, 256, ("stream", 64, 64, 4, 4, 1)),
         (16, 136, 1000, ("stream", 64, 128, 4, 4, 2)),
         (33, 320, 448, ("stream", 128, 64, 4, 4, 1)),
+        (4, 200, 256, ("few", 4, 2)),
+        (8, 3584, 448, ("few", 8, 3)),
+        (2, 136, 1000, ("few", 8, 4)),
         (5, 64, 256, (64, 64, 4, 3, 1)),
     ],
 )
@@ -138,7 +155,7 @@ def test_norm_between_products(
 
     total = on(residual.clone())
     begun = add_linear_before_norm(total, on(x), on(first), None, None, on(scale))
-    assert (begun is not None) == (total.is_cuda and config[0] == "stream")
+    assert (begun is not None) == (total.is_cuda and config[0] in ("stream", "few"))
     assert close(total, residual.double() + x.double() @ first.double().T, dtype)
     after = normed(total.cpu(), scale) @ second.double().T + bias.double()
     assert close(norm_linear(total, on(scale), EPS, on(second), on(bias), None, begun), after, dtype)
@@ -223,6 +240,11 @@ def test_tuned_tiles_fit_their_kernels() -> None:
             step = entry["block_k"] * (entry["block_m"] + 2 * entry["block_n"])
             shared = 2 * (entry["stages"] * step + entry["block_m"] * entry["block_n"])
             assert shared * entry["per_processor"] < 227 * 1024, key
+        elif "ahead" in entry:
+            assert set(entry) == {"num_warps", "ahead"}, key
+            assert entry["num_warps"].bit_count() == 1, key
+            assert entry["ahead"] >= 1, key
+            assert int(key.rsplit("/m", 1)[1]) <= 8, key
         elif "per_processor" in entry:
             assert set(entry) == {"block_n", "block_k", "num_warps", "stages", "per_processor"}, key
             tokens = max(16, int(key.rsplit("/m", 1)[1]))

@@ -121,8 +121,11 @@ def add_linear_before_norm(
     """`add_linear`; the RMS norm of the sum, whose weight is ``norm_weight [N]``, is begun if that costs no kernel."""
     config = few_rows_config(x, weight, weight.shape[0], "plain")
     if config is not None:
+        from kubeinfer.kernels.triton_few_linear import FewConfig, few_linear_triton
         from kubeinfer.kernels.triton_stream_linear import StreamConfig, stream_linear_triton
 
+        if isinstance(config, FewConfig):
+            return few_linear_triton(x, weight, bias, residual, config, add=True, next_norm=norm_weight)
         if isinstance(config, StreamConfig):
             return stream_linear_triton(x, weight, bias, residual, config, add=True, next_norm=norm_weight)
     add_linear(residual, x, weight, bias, packed)

@@ -15,6 +15,7 @@ from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.cpu import library as cpu
 
 if TYPE_CHECKING:
+    from kubeinfer.kernels.triton_few_linear import FewConfig
     from kubeinfer.kernels.triton_linear import Config
     from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig
     from kubeinfer.kernels.triton_stream_linear import StreamConfig
@@ -105,7 +106,7 @@ def few_rows(x: Tensor) -> bool:
 
 def few_rows_config(
     x: Tensor, weight: Tensor, n: int, kind: str
-) -> Config | SkinnyConfig | StreamConfig | None:
+) -> Config | FewConfig | SkinnyConfig | StreamConfig | None:
     """The launch configuration of our GPU kernel for this product; None where cuBLAS serves it.
 
     ``n`` outputs; ``kind`` is ``plain`` or ``gated`` (then ``weight`` has ``2 n`` rows).

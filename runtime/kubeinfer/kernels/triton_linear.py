@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.fp8 import MAX_WIDE_ROWS
 from kubeinfer.kernels.norm import NormBegun, rms_norm
+from kubeinfer.kernels.triton_few_linear import FewConfig, few_linear_triton, multiplies_few
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig, skinny_linear_triton
 from kubeinfer.kernels.triton_stream_linear import StreamConfig, stream_linear_triton, streams
@@ -184,8 +185,8 @@ class Config:
 
 
 @functools.cache
-def find_config(m: int, n: int, k: int, kind: str) -> Config | SkinnyConfig | StreamConfig | None:
-    """The configuration for ``m`` tokens, of this kernel or of the one for more tokens; None where cuBLAS is as fast, or
+def find_config(m: int, n: int, k: int, kind: str) -> Config | FewConfig | SkinnyConfig | StreamConfig | None:
+    """The configuration for ``m`` tokens, of this kernel or of one for more tokens; None where cuBLAS is as fast, or
     nothing is known.
 
     Tuned entries are for an exact shape, else for all of a ``kind`` (``plain``, ``gated``) whose K rounds up to the same power
@@ -193,6 +194,8 @@ def find_config(m: int, n: int, k: int, kind: str) -> Config | SkinnyConfig | St
     """
     m = 1 << (m - 1).bit_length()
     found = tuned.lookup("linear", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
+    if found is not None and "ahead" in found:
+        return FewConfig(**found) if multiplies_few() else None
     if found is None or found["block_n"] == 0:
         return None
     if "per_processor" in found:
@@ -223,7 +226,7 @@ def linear_triton(
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    config: Config | SkinnyConfig | StreamConfig,
+    config: Config | FewConfig | SkinnyConfig | StreamConfig,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
@@ -242,12 +245,16 @@ def linear_triton(
         begun: that norm, if the product before began it.
         weight_scale: fp32, one a row of a float8_e4m3fn ``weight`` (K a multiple of 16); None: ``weight`` is of 16 bits.
     """
-    if isinstance(config, StreamConfig):
+    if isinstance(config, FewConfig | StreamConfig):
+        squares = None
         if begun is not None:
-            stream_linear_triton(begun.scaled, weight, bias, out, config, gated, add, begun.squares, eps)
-            return out
-        x = x if norm_weight is None else rms_norm(x, norm_weight, eps)
-        stream_linear_triton(x, weight, bias, out, config, gated, add)
+            x, squares = begun.scaled, begun.squares
+        elif norm_weight is not None:
+            x = rms_norm(x, norm_weight, eps)
+        if isinstance(config, FewConfig):
+            few_linear_triton(x, weight, bias, out, config, gated, add, squares, eps)
+        else:
+            stream_linear_triton(x, weight, bias, out, config, gated, add, squares, eps)
         return out
     if isinstance(config, SkinnyConfig):
         return skinny_linear_triton(x, weight, bias, out, config, norm_weight, eps, gated, add)

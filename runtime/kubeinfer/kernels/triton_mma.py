@@ -34,6 +34,60 @@ def load4(pointers, wanted, ALWAYS: tl.constexpr):
 
 
 @triton.jit
+def stream4(pointers, wanted, ALWAYS: tl.constexpr):
+    """Four words at ``pointers``, which are not read again soon; zeros where not ``wanted``. Asked for where it is written: before
+    the wait for the kernel before, or after."""
+    if ALWAYS:
+        found = tl.inline_asm_elementwise(
+            "ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l", [pointers],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.b32 p, $5, 0;
+            mov.b32 $0, 0;
+            mov.b32 $1, 0;
+            mov.b32 $2, 0;
+            mov.b32 $3, 0;
+            @p ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];
+            }""",
+            "=&r,=&r,=&r,=&r,l,r", [pointers, wanted],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def read4(pointers, wanted, ALWAYS: tl.constexpr):
+    """Four words at ``pointers``, which other programs read too; zeros where not ``wanted``. Stays behind the wait for the kernel
+    before."""
+    if ALWAYS:
+        found = tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l", [pointers],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.b32 p, $5, 0;
+            mov.b32 $0, 0;
+            mov.b32 $1, 0;
+            mov.b32 $2, 0;
+            mov.b32 $3, 0;
+            @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
+            }""",
+            "=&r,=&r,=&r,=&r,l,r", [pointers, wanted],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
 def load2(pointers, wanted, ALWAYS: tl.constexpr):
     """Two words at ``pointers``; zeros where not ``wanted``. Stays behind the wait for the kernel before."""
     if ALWAYS:

@@ -30,6 +30,7 @@ from kubeinfer.kernels.int4 import Int4Weight
 from kubeinfer.kernels.linear import MAX_FEW_ROWS
 from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm, rms_norm_reference
 from kubeinfer.kernels.triton_int4 import Int4Config, int4_few_triton
+from kubeinfer.kernels.triton_int4_stream import StreamConfig
 from kubeinfer.kernels.triton_linear import Config, linear_triton
 
 _TURNS_BYTES = 256 << 20
@@ -201,6 +202,20 @@ def int4_candidates(product: Product, m: int, kind: str) -> list[Int4Config]:
     return found
 
 
+def int4_stream_candidates(product: Product) -> list[StreamConfig]:
+    """Of up to eight tokens, on Hopper."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        return []
+    return [
+        StreamConfig(tiles, warps, stages, apart)
+        for tiles in ((2, 4) if product.gated else (1, 2))
+        for warps in (4, 8)
+        for stages in (3, 4, 5, 7)
+        for apart in ((0, 1) if product.norm else (0,))
+        if product.k % (int4.CHUNK * warps) == 0 and tiles * warps * stages <= 40
+    ]
+
+
 def fp8_candidates(product: Product, m: int) -> list[Config]:
     return [
         Config(rows // 2 if product.gated else rows, 256 * warps, warps, depth)
@@ -213,7 +228,9 @@ def fp8_candidates(product: Product, m: int) -> list[Config]:
     ]
 
 
-def int4_run(given: Inputs, config: Int4Config, weight: Int4Weight, residual: Tensor) -> Tensor:
+def int4_run(
+    given: Inputs, config: Int4Config | StreamConfig, weight: Int4Weight, residual: Tensor
+) -> Tensor:
     p = given.product
     norm = given.norm if p.norm else None
     return int4_few_triton(given.x, weight, None, norm, 1e-6, p.gated, residual if p.add else None, config)
@@ -280,7 +297,11 @@ def tune(folder: Path, workers: int, kinds: list[str]) -> None:
     for product in layer_products():
         for kind in kinds:
             for m in {"int4": (1, 16, 32), "fp8": (1, 2, 4)}.get(kind, (1,)):
-                configs = fp8_candidates(product, m) if kind == "fp8" else int4_candidates(product, m, kind)
+                configs: list[Any] = (
+                    fp8_candidates(product, m) if kind == "fp8" else int4_candidates(product, m, kind)
+                )
+                if kind == "int4" and m == 1:
+                    configs = configs + int4_stream_candidates(product)
                 candidates[(kind, product, m)] = configs
     tasks = [
         (*key, configs[i : i + 3]) for key, configs in candidates.items() for i in range(0, len(configs), 3)
@@ -306,20 +327,25 @@ def tune(folder: Path, workers: int, kinds: list[str]) -> None:
             continue
         timed.sort(key=lambda pair: pair[0])
         best, config = timed[0]
+        fastest = best
         others: Any = fp8_cores if kind == "fp8" else int4_cores
         cores = microseconds(lambda w, g=given, f=others: f(g, w), weights)
-        table = asdict(config)
-        if cores < best:
-            table = dict.fromkeys(table, 0)
         shape = f"{product.kind}/{product.n}x{product.k}"
-        if kind == "fp8":
-            tables["linear_fp8"][f"fp8/{shape}/m{m}"] = table
-        else:  # one kernel is for up to eight tokens
-            form = {"int4": "", "gguf4": "/4-32", "gguf8": "/8-16"}[kind]
-            tables["int4"][f"{shape}/m{max(8, m)}{form}"] = table
+        form = {"gguf4": "/4-32", "gguf8": "/8-16"}.get(kind, "")
+        # One kernel is for up to eight tokens.
+        key = f"fp8/{shape}/m{m}" if kind == "fp8" else f"{shape}/m{max(8, m)}{form}"
+        entries = tables["linear_fp8" if kind == "fp8" else "int4"]
+        if isinstance(config, StreamConfig):  # on other GPUs and in float16 the best of the others is taken
+            if best <= cores:
+                entries[f"{key}/stream"] = asdict(config)
+            best, config = next(pair for pair in timed if not isinstance(pair[1], StreamConfig))
+        entries[key] = dict.fromkeys(asdict(config), 0) if cores < best else asdict(config)
         print(
-            f"{product.name:12} {kind} m{m} {best:7.2f} us (as many tokens {cores:.2f}) {size / best / 1e6:5.2f} TB/s; "
-            + ", ".join(f"{time:.2f} {tuple(asdict(other).values())}" for time, other in timed[:5]),
+            f"{product.name:12} {kind} m{m} {fastest:7.2f} us (as many tokens {cores:.2f}) {size / fastest / 1e6:5.2f} TB/s; "
+            + ", ".join(
+                f"{time:.2f} {type(other).__name__}{tuple(asdict(other).values())}"
+                for time, other in timed[:5]
+            ),
             flush=True,
         )
     for name, table in tables.items():

@@ -168,7 +168,6 @@ def _stream_kernel(
     meta_at = meta_ptr + (own.to(tl.int64) * (CHUNKS * 16))[:, None, None]
     meta_at += (warp * 16 + place // 4 * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
     x_row = x_ptr + tl.minimum(place // 4, m - 1).to(tl.int64) * STRIDE_X + place % 4 * 4
-    norm_row = norm_ptr + place % 4 * 4
     first_at = x_row + (begin % STEPS * WARPS + warp) * 128
     xs = (tl.zeros([THREADS], tl.int32),) * 16
     norms = ()

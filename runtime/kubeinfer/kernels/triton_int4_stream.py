@@ -155,7 +155,7 @@ def _stream_kernel(
     CHUNKS: tl.constexpr = K // 128
     STEPS: tl.constexpr = CHUNKS // WARPS
     THREADS: tl.constexpr = 32 * WARPS
-    begin = tl.program_id(0) * STEPS  # of all tiles' steps in a row
+    begin = tl.program_id(0) * STEPS  # counted through all tiles, as in the form that was timed
     threads = tl.arange(0, THREADS)
     warp = threads // 32
     place = threads % 32

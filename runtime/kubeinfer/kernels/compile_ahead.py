@@ -157,7 +157,8 @@ def compile_ahead(
         with suppress(OSError):  # a cache that cannot be written to serves nobody later either
             done.parent.mkdir(parents=True, exist_ok=True)
             done.touch()
-    agree(1)  # meets the other ranks here, where waiting costs nothing: not in a kernel that gives up after a while
+    # Meet the other ranks here, where waiting costs nothing: not in a kernel that gives up after a while.
+    agree(1)
     return len(launches)
 
 

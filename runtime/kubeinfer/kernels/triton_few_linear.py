@@ -30,7 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.kernels.triton_launch import Kernel, fetch_ahead, overlaps_launches
-from kubeinfer.kernels.triton_mma import from_thread, load2, mma, read4, stream4
+from kubeinfer.kernels.triton_mma import from_thread, load2, mma, read4, stream4, sum_of_warps
 
 MAX_TOKENS = 8
 
@@ -90,29 +90,6 @@ def _squares(at, threads, PARTS: tl.constexpr, STRIDE: tl.constexpr, WARPS: tl.c
         even += pair[0].to(tl.float32, bitcast=True)
         odd += pair[1].to(tl.float32, bitcast=True)
     return even, odd
-
-
-@triton.jit
-def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@triton.jit
-def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
-
-
-@triton.jit
-def _sums_of_warps(values, WARPS: tl.constexpr):
-    """``[32]`` of each of four or six tensors ``[32 WARPS]``: what the warps' threads of one place have together."""
-    parts = ()
-    for i in tl.static_range(4 if len(values) == 4 else 8):
-        parts = parts + (tl.reshape(values[i if i < len(values) else 0], [WARPS, 32]),)
-    if len(values) == 4:
-        sums = tl.reduce(parts, 0, _add4)
-    else:
-        sums = tl.reduce(parts, 0, _add8)
-    return sums[: len(values)]
 
 
 @triton.jit
@@ -254,7 +231,7 @@ def _few_linear_kernel(
         before = _outputs(out_ptr, program, lanes, m, n, STRIDE_OUT, OWN)
     if NORM_PARTS > 0:
         sums = sums + (_over_rows(squares[0], place), _over_rows(squares[1], place))
-    results = _sums_of_warps(sums, WARPS)
+    results = sum_of_warps(sums, WARPS)
     for e in tl.static_range(2):
         token = lanes % 4 * 2 + e
         if NORM_PARTS > 0:

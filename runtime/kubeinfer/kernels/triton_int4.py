@@ -31,9 +31,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.int4 import ROWS, Int4Weight
 from kubeinfer.kernels.triton_int4_stream import StreamConfig, int4_stream_triton, serves
-from kubeinfer.kernels.triton_int4_tile import norm_factors, store_tiles, sum_of_warps
+from kubeinfer.kernels.triton_int4_tile import norm_factors, store_tiles
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
-from kubeinfer.kernels.triton_mma import add_squares, codes, from_thread, load2, load4, mma, times
+from kubeinfer.kernels.triton_mma import (
+    add_squares,
+    codes,
+    from_thread,
+    load2,
+    load4,
+    mma,
+    sum_of_warps,
+    times,
+)
 
 MAX_ROWS = 32
 # Warps that keep the memory of a large GPU busy.

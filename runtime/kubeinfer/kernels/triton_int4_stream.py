@@ -26,9 +26,9 @@ from torch import Tensor
 
 from kubeinfer.kernels.int4 import CHUNK, ROWS, Int4Weight
 from kubeinfer.kernels.norm import rms_norm
-from kubeinfer.kernels.triton_int4_tile import norm_factors, store_tiles, sum_of_warps
+from kubeinfer.kernels.triton_int4_tile import norm_factors, store_tiles
 from kubeinfer.kernels.triton_launch import Kernel
-from kubeinfer.kernels.triton_mma import add_squares, from_thread, load2, mma, times
+from kubeinfer.kernels.triton_mma import add_squares, from_thread, load2, mma, sum_of_warps, times
 
 MAX_ROWS = 8
 _UNIT = tl.constexpr(2.0**-69)  # of the sums: 2**64 of the inputs times 2**-133 of the codes

@@ -1,6 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # mypy: disable-error-code="assignment,misc,var-annotated"
-# ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
 """How the kernels of `kubeinfer.kernels.int4` for few tokens end: from the threads' sums to outputs.
 
 A thread's place in its warp is ``4 g + t``: it has sums of rows ``g`` and ``g + 8`` of a tile for the tokens ``2 t`` and ``2 t + 1``.
@@ -11,28 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
-def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@triton.jit
-def sum_of_warps(values, WARPS: tl.constexpr):
-    """``[32]`` of each of four (or two) tensors ``[32 WARPS]``: what the warps' threads of one place have together."""
-    parts = ()
-    for i in tl.static_range(len(values)):
-        parts = parts + (tl.reshape(values[i], [WARPS, 32]),)
-    if len(values) == 4:
-        sums = tl.reduce(parts, 0, _add4)
-    else:
-        sums = tl.reduce(parts, 0, _add2)
-    return sums
+from kubeinfer.kernels.triton_mma import sum_of_warps
 
 
 @triton.jit

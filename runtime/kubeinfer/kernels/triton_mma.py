@@ -1,4 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
 """What Triton kernels written thread by thread are made of: inline assembly on tensors with an element a thread.
 
 Such tensors are ``[32 warps]``: element ``i`` is thread ``i``'s, so that what a warp's threads do together (products on the tensor
@@ -189,3 +191,34 @@ def from_thread(values, place):
         "shfl.sync.idx.b32 $0, $1, $2, 0x1F, 0xFFFFFFFF;",
         "=f,f,r", [values, place], dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def sum_of_warps(values, WARPS: tl.constexpr):
+    """``[32]`` of each of up to eight tensors ``[32 WARPS]``: what the warps' threads of one place have together."""
+    COUNT: tl.constexpr = len(values)
+    parts = ()
+    for i in tl.static_range(2 if COUNT == 2 else 4 if COUNT <= 4 else 8):
+        parts = parts + (tl.reshape(values[i if i < COUNT else 0], [WARPS, 32]),)
+    if len(parts) == 2:
+        sums = tl.reduce(parts, 0, _add2)
+    elif len(parts) == 4:
+        sums = tl.reduce(parts, 0, _add4)
+    else:
+        sums = tl.reduce(parts, 0, _add8)
+    return sums[:COUNT]

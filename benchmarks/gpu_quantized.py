@@ -30,7 +30,7 @@ from kubeinfer.kernels.int4 import Int4Weight
 from kubeinfer.kernels.linear import MAX_FEW_ROWS
 from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm, rms_norm_reference
 from kubeinfer.kernels.triton_int4 import Int4Config, int4_few_triton
-from kubeinfer.kernels.triton_int4_stream import StreamConfig
+from kubeinfer.kernels.triton_int4_stream import Int4StreamConfig
 from kubeinfer.kernels.triton_linear import Config, linear_triton
 
 _TURNS_BYTES = 256 << 20
@@ -202,12 +202,12 @@ def int4_candidates(product: Product, m: int, kind: str) -> list[Int4Config]:
     return found
 
 
-def int4_stream_candidates(product: Product) -> list[StreamConfig]:
+def int4_stream_candidates(product: Product) -> list[Int4StreamConfig]:
     """Of up to eight tokens, on Hopper."""
     if torch.cuda.get_device_capability()[0] != 9:
         return []
     return [
-        StreamConfig(tiles, warps, stages, apart)
+        Int4StreamConfig(tiles, warps, stages, apart)
         for tiles in ((2, 4) if product.gated else (1, 2))
         for warps in (4, 8)
         for stages in (3, 4, 5, 7)
@@ -229,7 +229,7 @@ def fp8_candidates(product: Product, m: int) -> list[Config]:
 
 
 def int4_run(
-    given: Inputs, config: Int4Config | StreamConfig, weight: Int4Weight, residual: Tensor
+    given: Inputs, config: Int4Config | Int4StreamConfig, weight: Int4Weight, residual: Tensor
 ) -> Tensor:
     p = given.product
     norm = given.norm if p.norm else None
@@ -335,10 +335,12 @@ def tune(folder: Path, workers: int, kinds: list[str]) -> None:
         # One kernel is for up to eight tokens.
         key = f"fp8/{shape}/m{m}" if kind == "fp8" else f"{shape}/m{max(8, m)}{form}"
         entries = tables["linear_fp8" if kind == "fp8" else "int4"]
-        if isinstance(config, StreamConfig):  # on other GPUs and in float16 the best of the others is taken
+        if isinstance(
+            config, Int4StreamConfig
+        ):  # on other GPUs and in float16 the best of the others is taken
             if best <= cores:
                 entries[f"{key}/stream"] = asdict(config)
-            best, config = next(pair for pair in timed if not isinstance(pair[1], StreamConfig))
+            best, config = next(pair for pair in timed if not isinstance(pair[1], Int4StreamConfig))
         entries[key] = dict.fromkeys(asdict(config), 0) if cores < best else asdict(config)
         print(
             f"{product.name:12} {kind} m{m} {fastest:7.2f} us (as many tokens {cores:.2f}) {size / fastest / 1e6:5.2f} TB/s; "

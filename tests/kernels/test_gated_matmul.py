@@ -79,7 +79,7 @@ def test_any_size(device: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch) 
     on_gpu(device)
     from kubeinfer.kernels import triton_gated_matmul
 
-    monkeypatch.setattr(triton_gated_matmul, "_processors", lambda _: 5)  # each program has several tiles
+    monkeypatch.setattr(triton_gated_matmul, "processors", lambda _: 5)  # each program has several tiles
     torch.manual_seed(n + k)
     dtype = DTYPES[(n // 8 + k // 8) % len(DTYPES)]
     for m in TOKENS:
@@ -92,7 +92,7 @@ def test_other_configurations(device: str, config: tuple[Any, ...], monkeypatch:
     on_gpu(device)
     from kubeinfer.kernels import triton_gated_matmul
 
-    monkeypatch.setattr(triton_gated_matmul, "_processors", lambda _: 5)
+    monkeypatch.setattr(triton_gated_matmul, "processors", lambda _: 5)
     torch.manual_seed(1)
     for m in TOKENS:
         run(device, m, 328, 200, True, DTYPES[-1], config)
@@ -118,7 +118,7 @@ def test_gated_linear_takes_it_for_many_tokens(
     monkeypatch.setattr(triton_gated_matmul, "find_gated_config", lambda n, k: config)
     monkeypatch.setattr(triton_gated_matmul, "gated_matmul_triton", spied)
     if device == "cpu":
-        monkeypatch.setattr(triton_gated_matmul, "_processors", lambda _: 132)
+        monkeypatch.setattr(triton_gated_matmul, "processors", lambda _: 132)
     torch.manual_seed(2)
     n, k = 1032, 256
     weight, bias = (torch.randn(2 * n, k) * k**-0.5).to(dtype), torch.randn(2 * n).to(dtype)

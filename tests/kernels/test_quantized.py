@@ -326,9 +326,9 @@ def test_int4_weights_through_shared_memory(
     if not on_hopper(device):
         pytest.skip("about Hopper's Triton kernel")
     from kubeinfer.kernels.triton_int4 import int4_few_triton
-    from kubeinfer.kernels.triton_int4_stream import StreamConfig
+    from kubeinfer.kernels.triton_int4_stream import Int4StreamConfig
 
-    form = StreamConfig(*config)
+    form = Int4StreamConfig(*config)
     packed, plain = int4_weight(2 * n if gated_rows else n, 3584, 128)
     weight = move(packed, device)
     x, norm = torch.randn(tokens, 3584).bfloat16(), (torch.rand(3584) + 0.5).bfloat16()
@@ -352,12 +352,12 @@ def test_int4_kernel_for_the_form(device: str) -> None:
     if not on_hopper(device):
         pytest.skip("about Hopper's Triton kernel")
     from kubeinfer.kernels.triton_int4 import few_config
-    from kubeinfer.kernels.triton_int4_stream import StreamConfig
+    from kubeinfer.kernels.triton_int4_stream import Int4StreamConfig
 
     def streams(tokens: int, n: int, gated_rows: bool, dtype: torch.dtype, group: int = 128) -> bool:
         weight = Int4Weight(torch.empty(0), torch.empty(0), n, 3584, group)
         x = torch.empty(tokens, 3584, dtype=dtype)
-        return isinstance(few_config(x, weight, gated_rows), StreamConfig)
+        return isinstance(few_config(x, weight, gated_rows), Int4StreamConfig)
 
     for n, gated_rows in ((4608, False), (37888, True)):
         assert streams(1, n, gated_rows, torch.bfloat16)

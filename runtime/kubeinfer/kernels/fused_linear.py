@@ -100,14 +100,8 @@ def add_linear(
     packed: PackedWeight | None = None,
 ) -> Tensor:
     """``residual += x @ weight.T + bias`` in place, and returned: ``residual [T, N]``, ``x [T, K]``, ``weight [N, K]``."""
-    config = few_rows_config(x, weight, weight.shape[0], "plain")
-    if config is None:
-        if packed is None and bias is None and not batch_invariant():
-            return residual.addmm_(x, weight.t())
-        return residual.add_(linear(x, weight, bias, packed))
-    from kubeinfer.kernels.triton_linear import linear_triton
-
-    return linear_triton(x, weight, bias, residual, config, add=True)
+    add_linear_before_norm(residual, x, weight, bias, packed, None)
+    return residual
 
 
 def add_linear_before_norm(
@@ -116,17 +110,16 @@ def add_linear_before_norm(
     weight: Tensor,
     bias: Tensor | None,
     packed: PackedWeight | None,
-    norm_weight: Tensor,
+    norm_weight: Tensor | None,
 ) -> NormBegun | None:
     """`add_linear`; the RMS norm of the sum, whose weight is ``norm_weight [N]``, is begun if that costs no kernel."""
     config = few_rows_config(x, weight, weight.shape[0], "plain")
     if config is not None:
-        from kubeinfer.kernels.triton_few_linear import FewConfig, few_linear_triton
-        from kubeinfer.kernels.triton_stream_linear import StreamConfig, stream_linear_triton
+        from kubeinfer.kernels.triton_linear import add_linear_triton
 
-        if isinstance(config, FewConfig):
-            return few_linear_triton(x, weight, bias, residual, config, add=True, next_norm=norm_weight)
-        if isinstance(config, StreamConfig):
-            return stream_linear_triton(x, weight, bias, residual, config, add=True, next_norm=norm_weight)
-    add_linear(residual, x, weight, bias, packed)
+        return add_linear_triton(residual, x, weight, bias, config, norm_weight)
+    if packed is None and bias is None and not batch_invariant():
+        residual.addmm_(x, weight.t())
+    else:
+        residual.add_(linear(x, weight, bias, packed))
     return None

@@ -23,6 +23,12 @@ class NormBegun:
     scaled: Tensor
     squares: Tensor
 
+    @classmethod
+    def empty(cls, x: Tensor, parts: int, rows: int) -> NormBegun:
+        """For a kernel to write."""
+        scaled = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return cls(scaled, torch.empty(parts, rows, dtype=torch.float32, device=x.device))
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """``x / rms(x) * weight`` over the last dimension, computed in fp32.

@@ -19,7 +19,6 @@ Norms between products are begun and ended as in `kubeinfer.kernels.triton_strea
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -277,12 +276,6 @@ class FewConfig:
     ahead: int
 
 
-@functools.cache
-def multiplies_few() -> bool:
-    """Whether this GPU has the product of 16 x 8 x 16 that is used here: Ampere and later. (The interpreter has no GPU.)"""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
-
-
 def _aligned(x: Tensor) -> Tensor:
     """Rows that are read 16 bytes at a time."""
     if x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) != 1:
@@ -316,13 +309,8 @@ def few_linear_triton(
     x, weight = _aligned(x), _aligned(weight)
     outputs = 8 if gated else 16
     programs = triton.cdiv(n, outputs)
-    begun = None
-    if next_norm is not None:
-        begun = NormBegun(
-            torch.empty(m, n, dtype=x.dtype, device=x.device),
-            # As many columns as the kernel that takes runs of tiles expects.
-            torch.empty(programs, 16, dtype=torch.float32, device=x.device),
-        )
+    # Of as many columns as the kernel that takes runs of tiles expects.
+    begun = None if next_norm is None else NormBegun.empty(out, programs, 16)
     pdl = overlaps_launches()
     args = (
         x, weight, bias if bias is not None else x, out, x if squares is None else squares,

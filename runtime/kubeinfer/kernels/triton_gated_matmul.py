@@ -22,7 +22,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kubeinfer.kernels import tuned
-from kubeinfer.kernels.triton_launch import Kernel, has_tensor_memory_accelerator, overlaps_launches
+from kubeinfer.kernels.triton_launch import (
+    Kernel,
+    has_tensor_memory_accelerator,
+    overlaps_launches,
+    processors,
+    shared_memory,
+)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -124,13 +130,7 @@ def find_gated_config(n: int, k: int) -> GatedMatmulConfig | None:
     if found is None:
         return None
     config = GatedMatmulConfig(**found)
-    most = int(torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin)
-    return config if config.shared_bytes <= most else None
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return config if config.shared_bytes <= shared_memory() else None
 
 
 def gated_matmul_triton(
@@ -149,7 +149,7 @@ def gated_matmul_triton(
     m, k = x.shape
     n = out.shape[1]
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    programs = _processors(x.device) * config.per_processor
+    programs = processors(x.device) * config.per_processor
     pdl = overlaps_launches()
     block = [2 if config.joint else 1, config.block_n, config.block_k]
     args = (

@@ -30,9 +30,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.int4 import ROWS, Int4Weight
-from kubeinfer.kernels.triton_int4_stream import StreamConfig, int4_stream_triton, serves
+from kubeinfer.kernels.triton_int4_stream import (
+    Int4StreamConfig,
+    find_stream_config,
+    int4_stream_triton,
+    serves,
+)
 from kubeinfer.kernels.triton_int4_tile import norm_factors, store_tiles
-from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+from kubeinfer.kernels.triton_launch import Kernel, multiplies_thread_by_thread, overlaps_launches
 from kubeinfer.kernels.triton_mma import (
     add_squares,
     codes,
@@ -326,21 +331,20 @@ def layout(weight: Int4Weight) -> tuple[int, int, int, bool]:
     return weight.words.shape[1], weight.group, weight.bits // 4, weight.minimums
 
 
-@functools.cache
-def _has_tensor_cores() -> bool:
-    """Those whose product of 16 x 8 x 16 is used here, of Ampere and later. (In the interpreter there is no GPU to ask.)"""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
-
-
-def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | StreamConfig | None:
+def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | Int4StreamConfig | None:
     """How `int4_few_triton` computes it; None where it has no kernel, or cuBLAS on the dequantized weight is faster."""
-    if x.shape[0] > MAX_ROWS or weight.k % 4 or (gated and weight.n // 2 % ROWS) or not _has_tensor_cores():
+    if (
+        x.shape[0] > MAX_ROWS
+        or weight.k % 4
+        or (gated and weight.n // 2 % ROWS)
+        or not multiplies_thread_by_thread()
+    ):
         return None
     n, kind = (weight.n // 2, "gated") if gated else (weight.n, "plain")
     if serves(x, weight):
-        found = tuned.lookup("int4", f"{kind}/{n}x{weight.k}/m8/stream")
-        if found is not None:
-            return StreamConfig(**found)
+        stream = find_stream_config(n, weight.k, kind)
+        if stream is not None:
+            return stream
     config = find_config(x.shape[0], n, weight.k, kind, weight.bits // 4, weight.group)
     return config if config.tiles else None
 
@@ -376,7 +380,7 @@ def int4_few_triton(
     eps: float,
     gated: bool,
     residual: Tensor | None,
-    config: Int4Config | StreamConfig,
+    config: Int4Config | Int4StreamConfig,
 ) -> Tensor:
     """`kubeinfer.kernels.int4.int4_linear` where `few_config` finds a configuration; the weight's order is the inputs'.
 
@@ -386,9 +390,9 @@ def int4_few_triton(
     n = weight.n // 2 if gated else weight.n
     if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
         x = x.clone(memory_format=torch.contiguous_format)
-    if isinstance(config, StreamConfig):
-        return int4_stream_triton(x, weight, bias, norm_weight, eps, gated, residual, config)
     out = residual if residual is not None else torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if isinstance(config, Int4StreamConfig):
+        return int4_stream_triton(x, weight, bias, norm_weight, eps, gated, residual is not None, out, config)
     chunks = weight.words.shape[1]
     steps = triton.cdiv(chunks, config.num_warps)
     tokens = triton.next_power_of_2(triton.cdiv(m, 8))

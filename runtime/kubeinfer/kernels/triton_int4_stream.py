@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kubeinfer.kernels import tuned
 from kubeinfer.kernels.int4 import CHUNK, ROWS, Int4Weight
 from kubeinfer.kernels.norm import rms_norm
 from kubeinfer.kernels.triton_int4_tile import norm_factors, store_tiles
@@ -207,7 +208,7 @@ _STREAM = Kernel(_stream_kernel)
 
 
 @dataclass(frozen=True, slots=True)
-class StreamConfig:
+class Int4StreamConfig:
     """Tiles of 16 rows a program (of a gated layer's halves together), warps, steps of weights in shared memory plus one.
 
     With ``norm_apart`` (1), another kernel makes the norm.
@@ -226,8 +227,16 @@ def _known_generation() -> bool:
 
 
 def serves(x: Tensor, weight: Int4Weight) -> bool:
+    """Whether this kernel is for such inputs, such a weight and this GPU."""
     plain = weight.bits == 4 and weight.group == CHUNK and not weight.minimums
     return plain and x.dtype == torch.bfloat16 and x.shape[0] <= MAX_ROWS and _known_generation()
+
+
+@functools.cache
+def find_stream_config(n: int, k: int, kind: str) -> Int4StreamConfig | None:
+    """The tuned configuration for ``n`` outputs of ``k`` inputs, if this kernel is the fastest; ``kind`` as of the other's."""
+    found = tuned.lookup("int4", f"{kind}/{n}x{k}/m{MAX_ROWS}/stream")
+    return None if found is None else Int4StreamConfig(**found)
 
 
 def int4_stream_triton(
@@ -237,24 +246,27 @@ def int4_stream_triton(
     norm_weight: Tensor | None,
     eps: float,
     gated: bool,
-    residual: Tensor | None,
-    config: StreamConfig,
+    add: bool,
+    out: Tensor,
+    config: Int4StreamConfig,
 ) -> Tensor:
-    """As `kubeinfer.kernels.triton_int4.int4_few_triton`, where it `serves` and whole steps and programs come out."""
+    """As `kubeinfer.kernels.triton_int4.int4_few_triton`, where it `serves` and whole steps and programs come out.
+
+    Written to ``out``, or added to it where ``add``.
+    """
     m, k = x.shape
-    n = weight.n // 2 if gated else weight.n
+    n = out.shape[1]
     own = config.tiles // 2 if gated else config.tiles
     if not serves(x, weight) or k % (CHUNK * config.num_warps) or not own or n % (ROWS * own):
         raise ValueError(f"{config} is not for {m} tokens in {x.dtype} and {n} outputs of {k} inputs.")
     if norm_weight is not None and config.norm_apart:
         x, norm_weight = rms_norm(x, norm_weight, eps), None
-    out = residual if residual is not None else torch.empty(m, n, dtype=x.dtype, device=x.device)
     args = (
         x, norm_weight if norm_weight is not None else x, weight.words, weight.meta, bias if bias is not None else x, out,
         m, eps,
     )  # fmt: skip
     constants = (
-        n, k, x.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None, residual is not None,
+        n, k, x.stride(0), out.stride(0), norm_weight is not None, gated, bias is not None, add,
         config.tiles, config.num_warps, config.stages,
     )  # fmt: skip
     programs = n // (ROWS * own)

@@ -25,8 +25,8 @@ def _hopper() -> bool:
 def overlaps_launches() -> bool:
     """Programmatic dependent launch: a kernel's programs get in place while the one before it finishes.
 
-    The rule that keeps it right: every program of a kernel launched so calls ``gdc_wait``, and ``gdc_launch_dependents``
-    only after it. Then all kernels but the one before are complete when a program starts, and that one too after the
+    The rule that keeps it right: in every kernel launched so some program calls ``gdc_wait``, and all that do any work, and these
+    call ``gdc_launch_dependents`` only after it. Then all kernels but the one before are complete when a program starts, and that one too after the
     wait: weights and the step's tables may be read before, the previous kernel's output only after, and nothing may be
     written before.
     """
@@ -36,6 +36,24 @@ def overlaps_launches() -> bool:
 def has_tensor_memory_accelerator() -> bool:
     """Tensor descriptors are fetched by the copy engine."""
     return _hopper()
+
+
+@functools.cache
+def multiplies_thread_by_thread() -> bool:
+    """The product of 16 x 8 x 16 of `kubeinfer.kernels.triton_mma`: Ampere and later. (The interpreter has no GPU to ask.)"""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def shared_memory() -> int:
+    """Bytes that a program may have on the current GPU."""
+    return int(torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin)
 
 
 @triton.jit

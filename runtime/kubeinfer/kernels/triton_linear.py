@@ -12,6 +12,7 @@ never depend on what that computes. What stands around the matrix product costs 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import triton
@@ -22,8 +23,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.fp8 import MAX_WIDE_ROWS
 from kubeinfer.kernels.norm import NormBegun, rms_norm
-from kubeinfer.kernels.triton_few_linear import FewConfig, few_linear_triton, multiplies_few
-from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+from kubeinfer.kernels.triton_few_linear import FewConfig, few_linear_triton
+from kubeinfer.kernels.triton_launch import Kernel, multiplies_thread_by_thread, overlaps_launches
 from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig, skinny_linear_triton
 from kubeinfer.kernels.triton_stream_linear import StreamConfig, stream_linear_triton, streams
 
@@ -184,6 +185,13 @@ class Config:
     depth: int
 
 
+# The kernels for large layers leave norms to each other, or to a kernel before them.
+_LARGE: dict[type, Callable[..., NormBegun | None]] = {
+    FewConfig: few_linear_triton,
+    StreamConfig: stream_linear_triton,
+}
+
+
 @functools.cache
 def find_config(m: int, n: int, k: int, kind: str) -> Config | FewConfig | SkinnyConfig | StreamConfig | None:
     """The configuration for ``m`` tokens, of this kernel or of one for more tokens; None where cuBLAS is as fast, or
@@ -195,7 +203,7 @@ def find_config(m: int, n: int, k: int, kind: str) -> Config | FewConfig | Skinn
     m = 1 << (m - 1).bit_length()
     found = tuned.lookup("linear", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
     if found is not None and "ahead" in found:
-        return FewConfig(**found) if multiplies_few() else None
+        return FewConfig(**found) if multiplies_thread_by_thread() else None
     if found is None or found["block_n"] == 0:
         return None
     if "per_processor" in found:
@@ -251,10 +259,7 @@ def linear_triton(
             x, squares = begun.scaled, begun.squares
         elif norm_weight is not None:
             x = rms_norm(x, norm_weight, eps)
-        if isinstance(config, FewConfig):
-            few_linear_triton(x, weight, bias, out, config, gated, add, squares, eps)
-        else:
-            stream_linear_triton(x, weight, bias, out, config, gated, add, squares, eps)
+        _LARGE[type(config)](x, weight, bias, out, config, gated, add, squares, eps)
         return out
     if isinstance(config, SkinnyConfig):
         return skinny_linear_triton(x, weight, bias, out, config, norm_weight, eps, gated, add)
@@ -274,3 +279,18 @@ def linear_triton(
     grid = (triton.cdiv(n, config.block_n), 1, 1)
     _LINEAR.launch(grid, args, constants, config.num_warps, pdl=pdl)
     return out
+
+
+def add_linear_triton(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: Config | FewConfig | SkinnyConfig | StreamConfig,
+    next_norm: Tensor | None,
+) -> NormBegun | None:
+    """`linear_triton` added to ``residual``; the norm of the sum whose weight is ``next_norm [N]`` is begun, if the kernel can."""
+    if isinstance(config, FewConfig | StreamConfig):
+        return _LARGE[type(config)](x, weight, bias, residual, config, add=True, next_norm=next_norm)
+    linear_triton(x, weight, bias, residual, config, add=True)
+    return None

@@ -14,10 +14,8 @@ its tiles, and the second divides its own result by the rows' root mean square.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,6 +28,8 @@ from kubeinfer.kernels.triton_launch import (
     fetch_ahead,
     has_tensor_memory_accelerator,
     overlaps_launches,
+    processors,
+    shared_memory,
 )
 from kubeinfer.kernels.triton_split import MAX_TILES, scratch
 
@@ -195,12 +195,9 @@ def _stream_kernel(
 _STREAM = Kernel(_stream_kernel)
 
 
-@functools.cache
 def streams() -> bool:
     """Whether this GPU has the copy engine, and as much shared memory as the steps in flight take."""
-    if not has_tensor_memory_accelerator():
-        return False
-    return int(torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin) >= _SHARED_BYTES
+    return has_tensor_memory_accelerator() and shared_memory() >= _SHARED_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +209,6 @@ class StreamConfig:
     num_warps: int
     stages: int
     per_processor: int
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def stream_linear_triton(
@@ -240,7 +232,7 @@ def stream_linear_triton(
     n = out.shape[1]
     block_m = max(16, triton.next_power_of_2(m))
     tiles, steps = triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_k)
-    units = triton.cdiv(tiles * steps, _processors(x.device) * config.per_processor)
+    units = triton.cdiv(tiles * steps, processors(x.device) * config.per_processor)
     programs = triton.cdiv(tiles * steps, units)
     parts = scratch(x.device)
     needed = programs * block_m * config.block_n * (2 if gated else 1)
@@ -248,12 +240,7 @@ def stream_linear_triton(
         raise ValueError(f"{config} needs more scratch memory than there is for {n} outputs.")
     pdl = overlaps_launches()
     block = [config.block_n, config.block_k]
-    begun = None
-    if next_norm is not None:
-        begun = NormBegun(
-            torch.empty(m, n, dtype=x.dtype, device=x.device),
-            torch.empty(tiles, block_m, dtype=torch.float32, device=x.device),
-        )
+    begun = None if next_norm is None else NormBegun.empty(out, tiles, block_m)
     args = (
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [block_m, config.block_k]),
         TensorDescriptor(weight, list(weight.shape), [weight.stride(0), 1], block),
@@ -265,7 +252,8 @@ def stream_linear_triton(
     ahead = 1 << (max(1, (_AHEAD_BYTES_GATED if gated else _AHEAD_BYTES) // rows // 128).bit_length() - 1)
     constants = (
         n, k, weight.stride(0), out.stride(0), gated, bias is not None, add,
-        0 if squares is None else squares.shape[0], begun is not None, block_m, config.block_n, config.block_k, units, config.stages, ahead, pdl,
+        0 if squares is None else squares.shape[0], begun is not None, block_m, config.block_n, config.block_k, units,
+        config.stages, ahead, pdl,
     )  # fmt: skip
     _STREAM.launch((programs, 1, 1), args, constants, config.num_warps, config.stages, pdl=pdl)
     return begun

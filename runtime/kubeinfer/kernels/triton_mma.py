@@ -36,12 +36,11 @@ def load4(pointers, wanted, ALWAYS: tl.constexpr):
 
 
 @triton.jit
-def stream4(pointers, wanted, ALWAYS: tl.constexpr):
-    """Four words at ``pointers``, which are not read again soon; zeros where not ``wanted``. Asked for where it is written: before
-    the wait for the kernel before, or after."""
+def _in_place4(pointers, wanted, ALWAYS: tl.constexpr, LOAD: tl.constexpr):
+    """Four words by the instruction LOAD, asked for where it is written; zeros where not ``wanted``."""
     if ALWAYS:
         found = tl.inline_asm_elementwise(
-            "ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];",
+            LOAD + " {$0, $1, $2, $3}, [$4];",
             "=r,=r,=r,=r,l", [pointers],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
@@ -54,7 +53,7 @@ def stream4(pointers, wanted, ALWAYS: tl.constexpr):
             mov.b32 $1, 0;
             mov.b32 $2, 0;
             mov.b32 $3, 0;
-            @p ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];
+            @p """ + LOAD + """ {$0, $1, $2, $3}, [$4];
             }""",
             "=&r,=&r,=&r,=&r,l,r", [pointers, wanted],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
@@ -63,30 +62,17 @@ def stream4(pointers, wanted, ALWAYS: tl.constexpr):
 
 
 @triton.jit
+def stream4(pointers, wanted, ALWAYS: tl.constexpr):
+    """Four words at ``pointers``, which are not read again soon; zeros where not ``wanted``. Asked for where it is written: before
+    the wait for the kernel before, or after."""
+    return _in_place4(pointers, wanted, ALWAYS, "ld.global.L1::no_allocate.L2::128B.v4.b32")
+
+
+@triton.jit
 def read4(pointers, wanted, ALWAYS: tl.constexpr):
     """Four words at ``pointers``, which other programs read too; zeros where not ``wanted``. Stays behind the wait for the kernel
     before."""
-    if ALWAYS:
-        found = tl.inline_asm_elementwise(
-            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,l", [pointers],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        found = tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            setp.ne.b32 p, $5, 0;
-            mov.b32 $0, 0;
-            mov.b32 $1, 0;
-            mov.b32 $2, 0;
-            mov.b32 $3, 0;
-            @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
-            }""",
-            "=&r,=&r,=&r,=&r,l,r", [pointers, wanted],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
-    return found
+    return _in_place4(pointers, wanted, ALWAYS, "ld.global.v4.b32")
 
 
 @triton.jit

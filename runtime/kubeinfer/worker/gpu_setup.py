@@ -81,12 +81,13 @@ def profile_largest_step(
 ) -> int:
     """Bytes that the largest step needs beside weights and cache: it is run, on a cache of one page.
 
-    So is the largest whose gates and ups are written to memory: it may need more.
+    So is the largest whose gates and ups are written to memory, where that may need more: up to three times its tokens.
 
     ``key`` says what model and options this is: kernels are compiled ahead once for each.
     """
     tokens = min(max_tokens, _MOST_PROFILED_TOKENS)
-    steps = [dummy_step(page, block_size, 0, [n]) for n in sorted({tokens, min(tokens, MIN_MANY_ROWS - 1)})]
+    sizes = [MIN_MANY_ROWS - 1, tokens] if MIN_MANY_ROWS <= tokens < 3 * MIN_MANY_ROWS else [tokens]
+    steps = [dummy_step(page, block_size, 0, [n]) for n in sizes]
     device = page[0].device
 
     def whole() -> None:

@@ -162,7 +162,7 @@ def _decode_kernel(
                 gdc_launch_dependents()
             return
     else:
-        # Programs of a row's other splits leave at once: those of its first wait for the kernel before, for all of this one.
+        # A program without keys leaves at once; but a row's first split always waits, so that this kernel ends after the one before.
         if nothing & (split > 0):
             return
         if PDL:

@@ -36,7 +36,9 @@ def run_model(args: argparse.Namespace) -> None:
     """In a model's process: print a JSON line for the start and each workload repetition."""
     began = time.perf_counter()
     from kubeinfer import LLM, SamplingParams
+    from kubeinfer.logs import configure_logging
 
+    configure_logging()  # to stderr: what fits in memory, and what the start takes
     with tempfile.TemporaryDirectory() as root:
         folder = shapes.make_shape(args.models, Path(root))
         own = CHECKPOINTS.get(args.quantization)

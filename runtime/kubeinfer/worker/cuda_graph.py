@@ -9,6 +9,8 @@ blocks that rows share (`kubeinfer.kernels.shared_prefix`), which is told at eac
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,30 @@ def shared_sizes(sizes: list[int]) -> list[int]:
     """Of ``sizes`` those captured for shared prefixes too. Far apart: each takes some 30 ms of the start."""
     large = [s for s in sizes if s >= MIN_BATCH]
     return [s for s in large if s % (16 if s < 128 else 128) == 0 or s == large[-1]]
+
+
+class Capture:
+    """Captures graphs one after the other, in one memory pool.
+
+    As `torch.cuda.graph` does, which before each of them gives all free memory back to the driver, to take it again for the next.
+    """
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+        self._pool: tuple[Any, ...] = ()
+
+    @contextmanager
+    def graph(self) -> Iterator[torch.cuda.CUDAGraph]:
+        """What is launched inside becomes a graph. Nothing else may be under way on the device."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(*self._pool)
+            try:
+                yield graph
+            finally:
+                graph.capture_end()
+        self._pool = self._pool or (graph.pool(),)
 
 
 class DecodeGraphs:
@@ -92,20 +118,18 @@ class DecodeGraphs:
         # By size, and whether rows share a prefix.
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
-    def capture(self) -> Any:
-        """Capture every size, the largest first so that the smaller ones reuse its memory; returns the pool."""
+    def capture(self, capture: Capture, warm: Callable[[], AbstractContextManager[None]]) -> None:
+        """Capture every size, the largest first so that the smaller ones reuse its memory.
+
+        Within ``warm()`` a step is only to compile and load kernels.
+        """
         self._host_inputs[0].fill_(self.tables.spare_row)
-        pool = None
         for key in self._keys():
             # The first call compiles kernels for this size and lets cuBLAS take its workspace outside the graph.
-            self._step(*key)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with warm():
                 self._step(*key)
-            pool = pool or graph.pool()
-            self._graphs[key] = graph
-        return pool
+            with capture.graph() as self._graphs[key]:
+                self._step(*key)
 
     def _keys(self) -> list[tuple[int, bool]]:
         found = [(size, False) for size in self.sizes] + [(size, True) for size in self._shared_sizes]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from kubeinfer.layers.attention import StepContext, each_token_alone
 from kubeinfer.layers.parallel import Group, Stage
 from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
-from kubeinfer.worker.cuda_graph import DecodeGraphs, capture_sizes
+from kubeinfer.worker.cuda_graph import Capture, DecodeGraphs, capture_sizes
 from kubeinfer.worker.memory import free_host_bytes, usable_cpus
 from kubeinfer.worker.mixed_graph import MixedGraphs
 from kubeinfer.worker.model_runner import ModelRunner
@@ -86,7 +88,8 @@ def profile_largest_step(
     ``key`` says what model and options this is: kernels are compiled ahead once for each.
     """
     tokens = min(max_tokens, _MOST_PROFILED_TOKENS)
-    sizes = [MIN_MANY_ROWS - 1, tokens] if MIN_MANY_ROWS <= tokens < 3 * MIN_MANY_ROWS else [tokens]
+    # Of the next 63 tokens they are not, which are rounded up.
+    sizes = [MIN_MANY_ROWS - 64, tokens] if MIN_MANY_ROWS <= tokens < 3 * MIN_MANY_ROWS else [tokens]
     steps = [dummy_step(page, block_size, 0, [n]) for n in sizes]
     device = page[0].device
 
@@ -144,19 +147,44 @@ def prepare_gpu(runner: ModelRunner, options: EngineOptions, max_tokens: int, ke
             max_rows, max_tokens, shares,
         )  # fmt: skip
 
+    # Layers in host memory are brought in their order, all of them.
+    shorten = partial(few_layers, model) if not options.cpu_offload_gb else nullcontext
+
     def steps() -> None:
-        for captured in (graphs, mixed):
-            if captured is not None:
-                captured.run()
-        warm_up(runner, max_tokens, noted=True)
+        with shorten():
+            for captured in (graphs, mixed):
+                if captured is not None:
+                    captured.run()
+            warm_up(runner, max_tokens, noted=True)
 
     compile_ahead(steps, f"steps {key}", processes(group, runner.stage), group.smallest)
+    capture = Capture(runner.device)
     with _no_collection():
-        pool = graphs.capture() if graphs is not None else None
-        if mixed is not None:
-            mixed.capture(pool)
+        for captured in (graphs, mixed):
+            if captured is not None:
+                captured.capture(capture, shorten)
     runner.graphs, runner.mixed_graphs = graphs, mixed
-    warm_up(runner, max_tokens)
+    with shorten():
+        warm_up(runner, max_tokens)
+
+
+@contextmanager
+def few_layers(model: Any) -> Iterator[None]:
+    """``model`` with layers enough to launch every kernel: the first two of each kind of attention, and the last.
+
+    For runs that only compile kernels and load them, whose results nobody reads.
+    """
+    layers, kinds = model.layers, Counter[int]()
+    kept = []
+    for layer in layers:
+        kinds[layer.attention.window] += 1
+        if kinds[layer.attention.window] <= 2 or layer is layers[-1]:
+            kept.append(layer)
+    model.layers = kept
+    try:
+        yield
+    finally:
+        model.layers = layers
 
 
 @contextmanager

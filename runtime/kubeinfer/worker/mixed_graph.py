@@ -11,6 +11,8 @@ decode's attention is zeros in the place of a chunk's token, which the chunks' a
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from kubeinfer.kernels.attention import DecodeWorkspace
 from kubeinfer.kernels.sampling import sample
 from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.attention import StepContext
+from kubeinfer.worker.cuda_graph import Capture
 from kubeinfer.worker.packing import Packing
 from kubeinfer.worker.shared_prefix import NOTHING_SHARED, SharedBlocks
 from kubeinfer.worker.tables import RowTables
@@ -116,21 +119,18 @@ class MixedGraphs:
         buffer = torch.zeros(packing.size, dtype=torch.int32, device=self.tables.device)
         return _Shape(decodes, rows, packing, buffer, packing.views(buffer))
 
-    def capture(self, pool: Any) -> Any:
-        """Capture every shape, the largest first; returns the memory pool they share."""
+    def capture(self, capture: Capture, warm: Callable[[], AbstractContextManager[None]]) -> None:
+        """Capture every shape, the largest first. Within ``warm()`` a step is only to compile and load kernels."""
         empty = StepPlan(0, [], [], [], 0, [], [], [], [])
         nothing = np.empty(0, np.int32)
         for shape in sorted(self._shapes.values(), key=lambda s: -s.rows):
             host = np.empty(shape.packing.size, np.int32)
             self._fill(shape, host, empty, nothing, nothing)
             shape.buffer.copy_(torch.from_numpy(host))
-            self._step(shape)
-            torch.cuda.synchronize()
-            shape.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(shape.graph, pool=pool):
+            with warm():
                 self._step(shape)
-            pool = pool or shape.graph.pool()
-        return pool
+            with capture.graph() as shape.graph:
+                self._step(shape)
 
     def run(self) -> None:
         """Run every shape outside a graph."""

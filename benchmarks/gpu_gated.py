@@ -4,9 +4,9 @@
     PYTHONPATH=runtime python3 benchmarks/gpu_gated.py [--models 7B,32B/2] [--tokens 1024,8192] [--out gated.json]
 
 Each candidate is checked, then timed in turns of a third of a second without a pause: such products draw the power that a GPU
-is allowed, its clock sinks, and what is fast in a short burst need not be. cuBLAS has the first turn and the last. An entry is
-kept if one configuration saves time at every timed number of tokens that the engine would use it for; 1,152 are the worst for the
-7B shape, as the last wave of tiles is nearly empty.
+is allowed, its clock sinks, and what is fast in a short burst need not be. cuBLAS has the first turn and the last. Of many tokens
+an entry is kept if one configuration saves time at every timed number; 1,152 are the worst for the 7B shape, as the last wave of
+tiles is nearly empty. Of fewer than that each number has an entry of its own, if it saves 2%.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS
 from kubeinfer.kernels.linear import linear
 from kubeinfer.kernels.triton_gated_matmul import GatedMatmulConfig, gated_matmul_triton
 
-TOKENS = (512, 1024, 1152, 2048, 4096, 8192, 16384)
+FEWER_TOKENS = (192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960)
+TOKENS = (*FEWER_TOKENS, 1024, 1152, 2048, 4096, 8192, 16384)
 # gated outputs and inputs
 SHAPES = {
     "7B": (18944, 3584),
@@ -41,11 +42,18 @@ SHAPES = {
 }
 _TURNS_BYTES = 384 << 20
 _LEAST_SAVED = 0.01
+_LEAST_SAVED_OF_FEWER = 0.02
 _MOST_ERROR = 4e-3
 
 
-def candidates() -> list[GatedMatmulConfig]:
+def candidates(m: int) -> list[GatedMatmulConfig]:
     first = GatedMatmulConfig(128, 128, 64, 8, 4, 8)
+    if m < MIN_MANY_ROWS:
+        return [
+            first,
+            replace(first, joint=True),
+            GatedMatmulConfig(128, 64, 64, 4, 3, 8, joint=True, per_processor=2),
+        ]
     return [
         first,
         *(replace(first, joint=True, group=group) for group in (8, 4, 16, 32)),
@@ -121,20 +129,29 @@ def microseconds(run: Callable[[Tensor], object], weights: list[Tensor], seconds
     return replays(count) / count / len(weights)
 
 
-def time_shape(name: str, tokens: list[int], seconds: float) -> GatedMatmulConfig | None:
-    """Print the times of a shape; the configuration to use, if any."""
+def right_ones(name: str, configs: list[GatedMatmulConfig]) -> list[GatedMatmulConfig]:
+    """Those of ``configs`` that compute what they should for a shape; what is wrong with the others is printed."""
     n, k = SHAPES[name]
-    compile_all(n, k, candidates())
+    compile_all(n, k, configs)
     right = []
-    for config in candidates():
+    for config in configs:
         found = wrong(n, k, config)
         if found is None:
             right.append(config)
         else:
             print(f"{name} {short(config)}: {found}", flush=True)
+    return right
+
+
+def time_shape(name: str, tokens: list[int], seconds: float) -> dict[str, GatedMatmulConfig]:
+    """Print the times of a shape; the table's entries for it."""
+    n, k = SHAPES[name]
+    right = right_ones(name, list(dict.fromkeys(c for m in tokens for c in candidates(m))))
     torch.cuda.empty_cache()
     weights = [random(2 * n, k, scale=k**-0.5) for _ in range(max(2, min(24, _TURNS_BYTES // (4 * n * k))))]
-    saved: dict[GatedMatmulConfig, list[float]] = {config: [] for config in right}
+    many = [config for config in right if config in candidates(MIN_MANY_ROWS)]
+    saved: dict[GatedMatmulConfig, list[float]] = {config: [] for config in many}
+    entries: dict[str, GatedMatmulConfig] = {}
     for m in tokens:
         x, both, out = random(m, k), random(m, 2 * n), random(m, n)
 
@@ -147,7 +164,7 @@ def time_shape(name: str, tokens: list[int], seconds: float) -> GatedMatmulConfi
         first = microseconds(parts, weights, seconds)
         times: dict[GatedMatmulConfig, float] = {}
         for config in right:
-            if as_run(config, m) not in times:
+            if config in candidates(m) and as_run(config, m) not in times:
                 times[as_run(config, m)] = microseconds(ours(config), weights, seconds)
         last = microseconds(parts, weights, seconds)
         base = (first + last) / 2
@@ -160,16 +177,21 @@ def time_shape(name: str, tokens: list[int], seconds: float) -> GatedMatmulConfi
             flush=True,
         )
         if m >= MIN_MANY_ROWS:
-            for config in right:
+            for config in many:
                 saved[config].append(1 - times[as_run(config, m)] / base)
+        else:
+            config = min(times, key=lambda c: times[c])
+            if times[config] < (1 - _LEAST_SAVED_OF_FEWER) * base:
+                entries[f"gated_matmul/{n}x{k}/m{m}"] = config
         del both
     winners = [(sum(parts), config) for config, parts in saved.items() if min(parts, default=0) > 0]
-    if not winners:
-        return None
-    total, config = max(winners, key=lambda winner: winner[0])
-    mean = total / len(saved[config])
-    print(f"{name:8} best: {short(config)}, {mean:.1%} saved", flush=True)
-    return config if mean >= _LEAST_SAVED else None
+    if winners:
+        total, config = max(winners, key=lambda winner: winner[0])
+        mean = total / len(saved[config])
+        print(f"{name:8} best: {short(config)}, {mean:.1%} saved", flush=True)
+        if mean >= _LEAST_SAVED:
+            entries[f"gated_matmul/{n}x{k}"] = config
+    return entries
 
 
 def main() -> None:
@@ -185,10 +207,7 @@ def main() -> None:
     table = {}
     began = time.perf_counter()
     for name in options.models.split(","):
-        config = time_shape(name, tokens, options.seconds)
-        n, k = SHAPES[name]
-        if config is not None:
-            table[f"gated_matmul/{n}x{k}"] = asdict(config)
+        table |= {key: asdict(config) for key, config in time_shape(name, tokens, options.seconds).items()}
         torch.cuda.empty_cache()
         print(f"{time.perf_counter() - began:.0f} s", flush=True)
     for key, entry in table.items():

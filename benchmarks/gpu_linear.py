@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kubeinfer.kernels import linear as linear_module
 from kubeinfer.kernels.activation import silu_and_mul
+from kubeinfer.kernels.linear import MAX_FEW_ROWS
 from kubeinfer.kernels.norm import fused_add_rms_norm
 from kubeinfer.kernels.triton_few_linear import MAX_TOKENS, FewConfig
 from kubeinfer.kernels.triton_linear import Config, linear_triton
@@ -287,7 +288,7 @@ def decode(model: str) -> None:
     from kubeinfer import LLM, SamplingParams
 
     for enabled in (True, False):
-        linear_module.MAX_FEW_ROWS = 64 if enabled else 0
+        linear_module.MAX_FEW_ROWS = MAX_FEW_ROWS if enabled else 0
         begin = time.perf_counter()
         llm = LLM(
             model=model, load_format="dummy", dtype="bfloat16", max_model_len=2048, max_num_seqs=8,

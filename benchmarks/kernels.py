@@ -12,6 +12,7 @@ cache, as they do between the kernels of a step, so their share of the copy can 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 
 import all_reduce
 from kubeinfer.kernels.activation import silu_and_mul
-from kubeinfer.kernels.attention import decode_workspace, paged_attention
+from kubeinfer.kernels.attention import decode_workspace, paged_attention, plan_decodes
 from kubeinfer.kernels.batch_prep import prepare_decode, step_inputs, store_sampled
 from kubeinfer.kernels.embedding import vocab_parallel_embedding
 from kubeinfer.kernels.linear import linear
@@ -68,28 +69,22 @@ def paged_cache(
     return cache, table.to(DEVICE)
 
 
-def decode_run(batch: int, context: int, hq: int, hk: int, d: int, block_size: int) -> Callable[[], object]:
+def decode_run(contexts: list[int], hq: int, hk: int, d: int, block_size: int) -> Callable[[], object]:
     """The decode attention of one layer."""
-    cache, table = paged_cache([context] * batch, hk, d, block_size)
+    batch, context = len(contexts), max(contexts)
+    cache, table = paged_cache(contexts, hk, d, block_size)
     q = torch.randn(batch, hq, d, device=DEVICE, dtype=BF16)
     out = torch.empty_like(q)
     start = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
-    lens = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+    lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
     workspace = decode_workspace(batch, hq, hk, d, DEVICE)
+    units = plan_decodes(lens, batch, context, cache)  # once a step, not once a layer
 
     def run() -> object:
         return paged_attention(
-            q,
-            cache,
-            start,
-            lens,
-            table,
-            out,
-            scale=d**-0.5,
-            max_query_len=1,
-            max_seq_len=context,
-            workspace=workspace,
-        )
+            q, cache, start, lens, table, out, scale=d**-0.5, max_query_len=1, max_seq_len=context, workspace=workspace,
+            units=units,
+        )  # fmt: skip
 
     return run
 
@@ -174,8 +169,20 @@ def attention(table: Table, block_size: int) -> None:
     ]:
         size = 2 * batch * context * hk * d * 2
         turns = min(16, max(2, (400 << 20) // size))
-        runs = [decode_run(batch, context, hq, hk, d, block_size) for _ in range(turns)]
+        runs = [decode_run([context] * batch, hq, hk, d, block_size) for _ in range(turns)]
         table.row(f"{batch} x {context}, {hq}:{hk}, {d}", size, *runs)
+    print(
+        "\ndecode attention, contexts like ShareGPT's after some tokens: sequences, keys -> us, share of copy"
+    )
+    lengths = random.Random(0)
+    for batch in (32, 64, 128, 256, 512, 896):
+        contexts = [min(2000, 10 + int(lengths.lognormvariate(5.5, 0.8))) for _ in range(batch)]
+        for hq, hk, d in shapes[:2]:
+            size = 4 * sum(contexts) * hk * d
+            runs = [
+                decode_run(contexts, hq, hk, d, block_size) for _ in range(min(16, 2 + (400 << 20) // size))
+            ]
+            table.row(f"{batch}, {sum(contexts)}, {hq}:{hk}, {d}", size, *runs)
     print(
         "\ndecode attention, shared prefix + own tokens -> us: each row alone; nothing found shared; prefix read once"
     )
@@ -292,7 +299,7 @@ def host_costs(block_size: int) -> None:
         "rms_norm": partial(rms_norm, x, weight, 1e-6, out),
         "silu_and_mul": partial(silu_and_mul, gate, up),
         "rope_and_cache": rope_run(qkv, 14, 2, block_size),
-        "paged_attention, decode": decode_run(8, 64, 14, 2, 64, block_size),
+        "paged_attention, decode": decode_run([64] * 8, 14, 2, 64, block_size),
         "paged_attention, prefill": prefill_run([64] * 2, 14, 2, 64, block_size)[0],
         "paged_attention, long prefill": prefill_run([600] * 2, 14, 2, 64, block_size)[0],
     }

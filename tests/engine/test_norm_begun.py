@@ -55,7 +55,7 @@ def test_each_product_ends_the_norm_that_the_one_before_began(
         x = x if norm is None else normed(begun, x, norm, eps)
         return fused_linear.gated_linear(x, weight, bias, packed)
 
-    monkeypatch.setattr(llama, "few_rows", lambda hidden: True)
+    monkeypatch.setattr(llama, "adds_to_residual", lambda hidden: True)
     for function in (add_linear_before_norm, norm_linear, gated_linear):
         monkeypatch.setattr(dense, function.__name__, function)
     client = make(path, "cpu", max_num_seqs=8)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kubeinfer.kernels import batch_invariance, fused_linear
 from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS, gated_linear, many_rows_config
+from kubeinfer.kernels.linear import MAX_FEW_ROWS
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 6e-3}
 EPS = 1e-6
@@ -115,7 +116,9 @@ def test_gated_linear_takes_it_for_many_tokens(
         taken.append(len(x))
         return kernel(x, *others)
 
-    monkeypatch.setattr(triton_gated_matmul, "find_gated_config", lambda n, k: config)
+    monkeypatch.setattr(
+        triton_gated_matmul, "find_gated_config", lambda n, k, m: config if m >= MIN_MANY_ROWS else None
+    )
     monkeypatch.setattr(triton_gated_matmul, "gated_matmul_triton", spied)
     if device == "cpu":
         monkeypatch.setattr(triton_gated_matmul, "processors", lambda _: 132)
@@ -199,11 +202,11 @@ def test_what_it_does_not_take(device: str, monkeypatch: pytest.MonkeyPatch) -> 
     from kubeinfer.kernels import triton_gated_matmul
 
     config = triton_gated_matmul.GatedMatmulConfig(*JOINT)
-    monkeypatch.setattr(triton_gated_matmul, "find_gated_config", lambda n, k: config)
+    monkeypatch.setattr(triton_gated_matmul, "find_gated_config", lambda n, k, m: config)
     x = torch.zeros(MIN_MANY_ROWS + 1, 72, dtype=torch.bfloat16, device=device)
     weight = torch.zeros(32, 72, dtype=torch.bfloat16, device=device)
     assert many_rows_config(x, weight, 16) is config
-    assert many_rows_config(x[2:], weight, 16) is None
+    assert many_rows_config(x[-MAX_FEW_ROWS:], weight, 16) is None
     assert many_rows_config(x.float(), weight.float(), 16) is None
     assert many_rows_config(x, weight.half(), 16) is None
     assert many_rows_config(x[:, 1:65], weight[:, :64], 16) is None  # begins at no multiple of 16 bytes

@@ -42,6 +42,7 @@ CASES = [
     (7, 3584, 3584, True, ("stream", 64, 128, 4, 3, 1)),
     (32, 9473, 1032, True, ("stream", 64, 64, 4, 4, 2)),
     (20, 300, 4872, False, ("stream", 32, 128, 4, 4, 1)),
+    (50, 3584, 1032, True, ("stream", 64, 128, 4, 4, 1)),
     # of the kernel of small programs: warps, chunks of 64 inputs fetched ahead
     (3, 37, 200, True, ("few", 4, 2)),
     (8, 130, 3584, True, ("few", 4, 3)),
@@ -188,9 +189,11 @@ def test_split_sums_do_not_depend_on_who_was_last(
 def test_a_product_cut_in_two_is_the_same_product(
     device: str, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from kubeinfer.kernels import fused_linear
     from kubeinfer.kernels import linear as module
 
-    monkeypatch.setattr(module, "whole_waves", lambda m, n, k: 128)
+    for user in (module, fused_linear):
+        monkeypatch.setattr(user, "whole_waves", lambda m, n, k: 128)
     x, weight, bias = (
         torch.randn(160, 256).bfloat16(),
         torch.randn(320, 256).bfloat16(),
@@ -199,6 +202,10 @@ def test_a_product_cut_in_two_is_the_same_product(
     got = linear(x.to(device), weight.to(device), bias.to(device) if with_bias else None)
     want = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
     assert close(got, want, torch.bfloat16)
+    residual = torch.randn(160, 320).bfloat16()
+    total = residual.to(device).clone()
+    add_linear(total, x.to(device), weight.to(device), bias.to(device) if with_bias else None)
+    assert close(total, want + residual.double(), torch.bfloat16)
 
 
 def test_cpu_tensors_never_take_the_gpu_kernel() -> None:

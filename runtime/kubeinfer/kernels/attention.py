@@ -51,10 +51,25 @@ def decode_workspace(
 
     prefix_rows = 0 if batch_invariant() else prefix_workspace_rows(max_seqs, num_heads, num_kv_heads)
     return DecodeWorkspace(
-        *scratch(workspace_rows(max_seqs, num_heads, num_kv_heads)),
+        *scratch(workspace_rows(max_seqs, num_heads, num_kv_heads, head_dim, torch.device(device))),
         *scratch(prefix_rows),
         torch.zeros(max_seqs * num_kv_heads, dtype=torch.int32, device=device),
     )
+
+
+def plan_decodes(seq_lens: Tensor, num_decodes: int, max_seq_len: int, kv_cache: Tensor) -> Tensor | None:
+    """What lets `paged_attention` cut the contexts of many decode rows evenly, for all layers of a step; None: it does without.
+
+    Args:
+        seq_lens: int32 ``[B]``; the first ``num_decodes`` are the decode rows'.
+        max_seq_len: longest context (host integer); an upper bound is fine.
+        kv_cache: a layer's.
+    """
+    if not seq_lens.is_cuda or num_decodes < 1:
+        return None
+    from kubeinfer.kernels.triton_decode_attention import plan_decodes_triton
+
+    return plan_decodes_triton(seq_lens[:num_decodes], max_seq_len, kv_cache)
 
 
 def paged_attention(
@@ -76,6 +91,7 @@ def paged_attention(
     v_scale: float = 1.0,
     prefill_kv_tokens: int | None = None,
     shared: SharedPrefix | None = None,
+    units: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of every query token over its sequence's cached keys and values.
 
@@ -99,6 +115,7 @@ def paged_attention(
             prompts of uneven length are faster with it.
         shared: blocks that decode rows share, so that a GPU may read them once for all; ``None``: unknown, each row
             reads its own. Layers with a sliding window, batch-invariant attention and CPUs make no use of it.
+        units: from `plan_decodes` of the same ``seq_lens`` and ``num_decodes``; None: each row is a program's of its own.
 
     Returns:
         ``out``.
@@ -111,7 +128,7 @@ def paged_attention(
         return paged_attention_triton(
             q, kv_cache, query_start, seq_lens, block_table, out, scale, max_query_len, max_seq_len,
             sliding_window, soft_cap, num_decodes, workspace, k_scale, v_scale,
-            prefill_kv_tokens, shared,
+            prefill_kv_tokens, shared, units,
         )  # fmt: skip
     if soft_cap == 0.0 and cpu.attention(
         q, kv_cache, query_start, seq_lens, block_table, out, scale, sliding_window

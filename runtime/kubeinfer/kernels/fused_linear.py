@@ -13,14 +13,23 @@ from torch import Tensor
 
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.batch_invariance import batch_invariant
-from kubeinfer.kernels.linear import PackedWeight, few_rows_config, linear
+from kubeinfer.kernels.linear import (
+    MAX_FEW_ROWS,
+    PackedWeight,
+    few_rows,
+    few_rows_config,
+    linear,
+    whole_waves,
+)
 from kubeinfer.kernels.norm import NormBegun, rms_norm
 
 if TYPE_CHECKING:
     from kubeinfer.kernels.triton_gated_matmul import GatedMatmulConfig
 
-# The fewest tokens that our gated product takes: of fewer its tiles fill the GPU badly.
+# The fewest tokens from which on our gated product takes any number: of fewer, those whose tiles fill the GPU.
 MIN_MANY_ROWS = 1024
+# From so many tokens on it pays that the product before a norm reads the residual stream, and not the norm.
+_MIN_ADDED_ROWS = 512
 
 
 def norm_linear(
@@ -80,7 +89,7 @@ def many_rows_config(x: Tensor, weight: Tensor, inner: int) -> GatedMatmulConfig
 
     ``x [T, K]``, ``weight [2 inner, K]``.
     """
-    if not x.is_cuda or x.dim() != 2 or x.shape[0] < MIN_MANY_ROWS or batch_invariant():
+    if not x.is_cuda or x.dim() != 2 or x.shape[0] <= MAX_FEW_ROWS or batch_invariant():
         return None
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         return None
@@ -89,7 +98,19 @@ def many_rows_config(x: Tensor, weight: Tensor, inner: int) -> GatedMatmulConfig
         return None
     from kubeinfer.kernels.triton_gated_matmul import find_gated_config
 
-    return find_gated_config(inner, x.shape[1])
+    return find_gated_config(inner, x.shape[1], x.shape[0])
+
+
+def adds_to_residual(x: Tensor) -> bool:
+    """Whether products that add to the residual stream ``x [T, H]`` cost less than a norm that does."""
+    if few_rows(x):
+        return True
+    return (
+        x.is_cuda
+        and x.shape[0] >= _MIN_ADDED_ROWS
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not batch_invariant()
+    )
 
 
 def add_linear(
@@ -119,7 +140,9 @@ def add_linear_before_norm(
 
         return add_linear_triton(residual, x, weight, bias, config, norm_weight)
     if packed is None and bias is None and not batch_invariant():
-        residual.addmm_(x, weight.t())
+        cut = whole_waves(x.shape[0], weight.shape[0], x.shape[1]) if x.is_cuda else 0
+        for part in (slice(0, cut), slice(cut, None)) if cut else (slice(None),):
+            residual[:, part].addmm_(x, weight[part].t())
     else:
         residual.add_(linear(x, weight, bias, packed))
     return None

@@ -61,7 +61,13 @@ def linear(
     if x.is_cuda:
         cut = whole_waves(x.shape[0], weight.shape[0], x.shape[1])
         if cut:
-            return _in_two(x, weight, bias, _new(x, weight.shape[0]) if out is None else out, cut)
+            out = _new(x, weight.shape[0]) if out is None else out
+            for part in (slice(0, cut), slice(cut, None)):
+                if bias is None:
+                    torch.mm(x, weight[part].t(), out=out[:, part])
+                else:
+                    torch.addmm(bias[part], x, weight[part].t(), out=out[:, part])
+            return out
     if out is not None:
         if bias is not None:
             return torch.addmm(bias, x, weight.t(), out=out)
@@ -129,15 +135,6 @@ def whole_waves(m: int, n: int, k: int) -> int:
     """
     found = tuned.lookup("linear", f"split/{n}x{k}/m{m}")
     return 0 if found is None else found["columns"]
-
-
-def _in_two(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, cut: int) -> Tensor:
-    for part in (slice(0, cut), slice(cut, None)):
-        if bias is None:
-            torch.mm(x, weight[part].t(), out=out[:, part])
-        else:
-            torch.addmm(bias[part], x, weight[part].t(), out=out[:, part])
-    return out
 
 
 def _new(x: Tensor, n: int) -> Tensor:

@@ -220,6 +220,7 @@ def paged_attention_triton(
     v_scale: float,
     prefill_kv_tokens: int | None,
     shared: SharedPrefix | None = None,
+    units: Tensor | None = None,
 ) -> Tensor:
     """`kubeinfer.kernels.attention.paged_attention` on CUDA tensors.
 
@@ -259,6 +260,7 @@ def paged_attention_triton(
             workspace,
             v_scale,
             None if sliding_window > 0 or batch_invariant() else shared,
+            units,
         )
     num_prefills = seq_lens.shape[0] - num_decodes
     if num_prefills > 0:

@@ -21,6 +21,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.triton_attention_tiles import capped, cut
+from kubeinfer.kernels.triton_decode_runs import (
+    decode_runs_triton,
+    list_tiles,
+    runs_workspace_rows,
+    takes_runs,
+)
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 from kubeinfer.kernels.triton_shared_prefix import (
     MAX_PREFIX_SPLITS,
@@ -306,11 +312,16 @@ def num_splits(num_seqs: int, num_kv_heads: int) -> tuple[int, int]:
     return _MOST_ROWS
 
 
-def workspace_rows(max_seqs: int, num_heads: int, num_kv_heads: int) -> int:
+def workspace_rows(
+    max_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> int:
     """Partial outputs the largest grid of up to ``max_seqs`` rows writes."""
     if batch_invariant():
         return FIXED_ROWS * num_heads * _FIXED_SPLITS
-    return max(n * num_heads * num_splits(n, num_kv_heads)[0] for n in range(1, max(1, max_seqs) + 1))
+    return max(
+        runs_workspace_rows(num_heads, num_kv_heads, head_dim, device),
+        *(n * num_heads * num_splits(n, num_kv_heads)[0] for n in range(1, max(1, max_seqs) + 1)),
+    )
 
 
 @functools.cache
@@ -326,6 +337,13 @@ def _decode_config(head_dim: int, splits: int, wide: bool, fp8: bool) -> tuple[i
     return (64, 4, 3) if head_dim <= 128 else (32, 4, 3)
 
 
+def plan_decodes_triton(seq_lens: Tensor, max_seq_len: int, kv_cache: Tensor) -> Tensor | None:
+    """`kubeinfer.kernels.attention.plan_decodes`: None where there are so few rows that each is cut in as many as pays."""
+    if not num_splits(seq_lens.shape[0], kv_cache.shape[2])[1] or not takes_runs(kv_cache):
+        return None
+    return list_tiles(seq_lens, max_seq_len)
+
+
 def decode_attention_triton(
     q: Tensor,
     kv_cache: Tensor,
@@ -339,10 +357,11 @@ def decode_attention_triton(
     workspace: DecodeWorkspace | None,
     v_scale: float,
     shared: SharedPrefix | None = None,
+    units: Tensor | None = None,
 ) -> None:
     """Attention of the first ``num_decodes`` sequences, one query token each; ``qk_scale`` is for powers of two.
 
-    ``shared`` is of these rows; it goes with no sliding window.
+    ``shared`` is of these rows; it goes with no sliding window. ``units`` is of `plan_decodes`.
     """
     _, num_heads, head_dim = q.shape
     _, num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
@@ -362,6 +381,24 @@ def decode_attention_triton(
         counters = torch.zeros(num_decodes * num_kv_heads, dtype=torch.int32, device=q.device)
         partial = torch.empty(rows, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+    if units is not None and shared is None and sliding_window <= 0 and q.dtype == kv_cache.dtype:
+        if workspace is None:
+            rows = runs_workspace_rows(num_heads, num_kv_heads, head_dim, q.device)
+            partial = torch.empty(rows, head_dim, dtype=torch.float32, device=q.device)
+            lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+        decode_runs_triton(
+            q,
+            kv_cache,
+            seq_lens,
+            block_table,
+            out,
+            units,
+            qk_scale,
+            v_scale,
+            soft_cap,
+            (partial, lse, counters),
+        )
+        return
     prefix_partial, prefix_lse, shared_tokens, prefix_n, cuts = out, out, seq_lens, 0, 0
     if shared is not None:
         cuts = prefix_splits(num_decodes, num_heads, num_kv_heads)

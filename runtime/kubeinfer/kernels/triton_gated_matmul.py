@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kubeinfer.kernels import tuned
+from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS
 from kubeinfer.kernels.triton_launch import (
     Kernel,
     has_tensor_memory_accelerator,
@@ -120,13 +121,18 @@ class GatedMatmulConfig:
         return 2 * (self.stages * step + self.block_m * self.block_n) + 256
 
 
+def find_gated_config(n: int, k: int, m: int) -> GatedMatmulConfig | None:
+    """The configuration for ``n`` outputs of ``k`` inputs and ``m`` tokens; None where cuBLAS is as fast, nothing is known, or the
+    GPU lacks the copy engine or the shared memory, or is of a later generation than the table (what multiplies is another unit
+    there). Below MIN_MANY_ROWS the table knows multiples of 64 tokens, which is what captured steps of so many have."""
+    return _find(n, k, MIN_MANY_ROWS if m >= MIN_MANY_ROWS else -(-m // 64) * 64)
+
+
 @functools.cache
-def find_gated_config(n: int, k: int) -> GatedMatmulConfig | None:
-    """The configuration for ``n`` outputs of ``k`` inputs; None where cuBLAS is as fast, nothing is known, or the GPU lacks the
-    copy engine or the shared memory, or is of a later generation than the table (what multiplies is another unit there)."""
+def _find(n: int, k: int, m: int) -> GatedMatmulConfig | None:
     if n % 8 or k % 8 or not has_tensor_memory_accelerator() or torch.cuda.get_device_capability()[0] != 9:
         return None
-    found: Any = tuned.lookup("linear", f"gated_matmul/{n}x{k}")
+    found: Any = tuned.lookup("linear", f"gated_matmul/{n}x{k}" + (f"/m{m}" if m < MIN_MANY_ROWS else ""))
     if found is None:
         return None
     config = GatedMatmulConfig(**found)

@@ -64,6 +64,21 @@ def fetch_ahead(pointers):
     )
 
 
+if _INTERPRETED:
+
+    @triton.jit
+    def all_threads():
+        tl.debug_barrier()
+else:
+
+    @triton.jit
+    def all_threads():
+        """Wait for all threads of the program. Of the usual barrier in it a loop would not be pipelined."""
+        tl.inline_asm_elementwise(
+            "bar.sync 0; mov.u32 $0, $1;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
 class Kernel:
     """A Triton kernel whose repeated launches skip Triton's argument binding (10 to 20 microseconds each).
 

@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.kernels.triton_launch import (
     Kernel,
+    all_threads,
     fetch_ahead,
     has_tensor_memory_accelerator,
     overlaps_launches,
@@ -37,14 +38,6 @@ from kubeinfer.kernels.triton_split import MAX_TILES, scratch
 _AHEAD_BYTES = 16 << 10
 _AHEAD_BYTES_GATED = 64 << 10
 _SHARED_BYTES = 200 << 10  # that a program of the tuned configurations may need
-
-
-@triton.jit
-def _all_threads():
-    """Wait for all threads of the program. Of the usual barrier in it a loop would not be pipelined."""
-    tl.inline_asm_elementwise(
-        "bar.sync 0; mov.u32 $0, $1;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -146,7 +139,7 @@ def _stream_kernel(
                 tl.store(slot, acc)
                 if GATED:
                     tl.store(slot + BLOCK_M * BLOCK_N, acc_up)
-                _all_threads()  # all of this program's sums are stored before one of its threads counts it
+                all_threads()  # all of this program's sums are stored before one of its threads counts it
                 tl.atomic_add(counter_ptr + tile, 1, sem="release")
             else:
                 if MOST_PARTS > 1:  # noqa: SIM102 - the first is known when the kernel is compiled

@@ -39,6 +39,9 @@ class StepContext:
     wanted: Tensor | None = None  # int32 [N]: tokens whose final states are asked for; None: all
     prefill_kv_tokens: int | None = None  # sum of seq_lens after the decodes, where the host knows it
     shared: SharedPrefix | None = None  # of the decode rows, where some may begin with the same blocks
+    units: Tensor | None = (
+        None  # of `plan_decodes`, of the decode rows where they may be many and share nothing
+    )
 
 
 def each_token_alone(step: StepContext) -> StepContext:
@@ -56,6 +59,7 @@ def each_token_alone(step: StepContext) -> StepContext:
         num_decodes=tokens,
         prefill_kv_tokens=None,
         shared=None,
+        units=None,
     )
 
 
@@ -146,6 +150,6 @@ class SelfAttention:
             q, cache, step.query_start, step.seq_lens, step.block_table, out,
             scale=self.scale, max_query_len=step.max_query_len, max_seq_len=step.max_seq_len,
             sliding_window=self.window, num_decodes=step.num_decodes, workspace=step.workspace,
-            prefill_kv_tokens=step.prefill_kv_tokens, shared=step.shared,
+            prefill_kv_tokens=step.prefill_kv_tokens, shared=step.shared, units=step.units,
         )  # fmt: skip
         return out.view(tokens, -1)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kubeinfer.kernels.attention import DecodeWorkspace
+from kubeinfer.kernels.attention import DecodeWorkspace, plan_decodes
 from kubeinfer.kernels.batch_prep import StepInputs, prepare_decode, step_inputs, store_sampled
 from kubeinfer.kernels.sampling import sample
 from kubeinfer.kernels.shared_prefix import SharedPrefix
@@ -147,6 +147,9 @@ class DecodeGraphs:
         prepare_decode(
             rows, tables.last_tokens, tables.block_table_device, tables.computed, self.block_size, inputs
         )
+        max_seq_len = inputs.block_table.shape[1] * self.block_size
+        # Long before the first attention, which reads it before the kernel before has ended.
+        units = None if shares else plan_decodes(inputs.seq_lens, size, max_seq_len, self.kv_caches[0])
         step = StepContext(
             positions=inputs.positions[:size],
             slot_mapping=inputs.slot_mapping[:size],
@@ -154,11 +157,12 @@ class DecodeGraphs:
             seq_lens=inputs.seq_lens[:size],
             block_table=inputs.block_table[:size],
             max_query_len=1,
-            max_seq_len=inputs.block_table.shape[1] * self.block_size,
+            max_seq_len=max_seq_len,
             num_decodes=size,
             kv_caches=self.kv_caches,
             workspace=self.workspace,
             shared=SharedPrefix(members, shared_tokens) if shares else None,
+            units=units,
         )
         hidden = self.model.forward(
             inputs.input_ids[:size] if self.stage.first else self.hidden_in[:size], step

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kubeinfer.engine.plan import NewRow, StepPlan
-from kubeinfer.kernels.attention import decode_workspace
+from kubeinfer.kernels.attention import decode_workspace, plan_decodes
 from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.compile_ahead import compile_ahead
 from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS
@@ -54,11 +54,12 @@ def dummy_step(
     for length in lengths:
         starts.append(starts[-1] + length)
     width = -(-longest // block_size // 16) * 16 + 16
+    seq_lens = ints(lengths)
     step = StepContext(
         positions=torch.zeros(tokens, dtype=torch.int32, device=device),
         slot_mapping=torch.full((tokens,), -1, dtype=torch.int32, device=device),
         query_start=ints(starts),
-        seq_lens=ints(lengths),
+        seq_lens=seq_lens,
         block_table=torch.zeros(len(lengths), width, dtype=torch.int32, device=device),
         max_query_len=longest,
         max_seq_len=longest,
@@ -66,6 +67,7 @@ def dummy_step(
         kv_caches=kv_caches,
         workspace=workspace,
         prefill_kv_tokens=sum(chunks),
+        units=plan_decodes(seq_lens, num_decodes, longest, kv_caches[0]),
     )
     return torch.zeros(tokens, dtype=torch.int32, device=device), step
 

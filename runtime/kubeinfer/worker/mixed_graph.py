@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kubeinfer.engine.plan import StepPlan
-from kubeinfer.kernels.attention import DecodeWorkspace
+from kubeinfer.kernels.attention import DecodeWorkspace, plan_decodes
 from kubeinfer.kernels.sampling import sample
 from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.attention import StepContext
@@ -144,6 +144,10 @@ class MixedGraphs:
             ids = ids.clone()
             first = ids[:decodes]
             first.copy_(torch.where(first == _ON_DEVICE, tables.last_tokens[rows[:decodes]].int(), first))
+        shared = SharedPrefix(fields["members"], fields["shared_tokens"]) if "members" in fields else None
+        units = None
+        if shared is None:
+            units = plan_decodes(fields["seq_lens"], decodes, self._max_seq_len, self.kv_caches[0])
         step = StepContext(
             positions=fields["positions"],
             slot_mapping=fields["slots"],
@@ -156,7 +160,8 @@ class MixedGraphs:
             kv_caches=self.kv_caches,
             workspace=self.workspace,
             wanted=fields["last"],
-            shared=SharedPrefix(fields["members"], fields["shared_tokens"]) if "members" in fields else None,
+            shared=shared,
+            units=units,
         )
         hidden = self.model.forward(ids, step)
         count = decodes + CHUNKS

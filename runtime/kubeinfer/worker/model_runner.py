@@ -14,7 +14,7 @@ from torch import Tensor
 from kubeinfer.distributed.pipeline import Pipeline
 from kubeinfer.engine.messages import TokenLogprobs
 from kubeinfer.engine.plan import StepPlan, StepResult
-from kubeinfer.kernels.attention import DecodeWorkspace
+from kubeinfer.kernels.attention import DecodeWorkspace, plan_decodes
 from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.layers.attention import StepContext, each_token_alone
 from kubeinfer.layers.parallel import Stage
@@ -253,6 +253,9 @@ class ModelRunner:
         if plan.num_decodes and self.stage.first:
             decoding = inputs["rows"][: plan.num_decodes]
             inputs["ids"][: plan.num_decodes] = self.tables.last_tokens[decoding].int()
+        units = None
+        if shared is None:
+            units = plan_decodes(inputs["seq_lens"], decodes, max_seq_len, self.kv_caches[0])
         # A width of a multiple of 16 keeps to one compiled form of each kernel.
         width = min(-(-max_seq_len // self.block_size // 16) * 16, self.tables.block_table.shape[1])
         step = StepContext(
@@ -269,6 +272,7 @@ class ModelRunner:
             wanted=inputs["wanted"] if partial else None,
             prefill_kv_tokens=int(host["seq_lens"][plan.num_decodes :].sum()),
             shared=None if shared is None else SharedPrefix(inputs["members"], inputs["shared_tokens"]),
+            units=units,
         )
         return inputs["ids"], step
 

@@ -161,7 +161,7 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=["rows_per_head", "first_seq", "num_seqs"])
-def _prefill_kernel(
+def _gluon_prefill_kernel(
     q_ptr,
     k_rows,
     v_rows,
@@ -232,7 +232,7 @@ def _prefill_kernel(
     )  # fmt: skip
 
 
-_PREFILL = Kernel(_prefill_kernel)
+_PREFILL = Kernel(_gluon_prefill_kernel)
 
 
 class GluonConfig(NamedTuple):

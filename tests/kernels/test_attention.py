@@ -204,6 +204,25 @@ def test_large(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(8, 8), (16, 4), (20, 4), (28, 4), (32, 4), (33, 1)])
+def test_long_prompts(dtype: torch.dtype, heads: tuple[int, int]) -> None:
+    """Keys and values gathered into rows: tiles that end within, at and past a tile of keys, prefixes, one token, none."""
+    lengths = [(700, 700), (1, 1), (129, 900), (18, 18), (127, 128), (128, 128), (2, 1024), (0, 0)]
+    check("cuda", dtype, lengths, heads, 128)
+    for _ in range(4):
+        lengths = []
+        for _ in range(random.randrange(1, 6)):
+            context = random.choice((1, 90, 512, 640, random.randrange(1, 2500)))
+            lengths.append((random.randrange(1, context + 1), context))
+        lengths.append((random.randrange(1, 600), random.randrange(600, 1500)))
+        check(
+            "cuda", dtype, lengths, heads, 128, exact=random.random() < 0.5, strided=random.random() < 0.5, num_decodes=0
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_decode_graph_replays_any_context() -> None:
     """One captured graph, other contexts at each replay."""
     hq, hk, d, size = 14, 2, 64, 8

@@ -57,3 +57,39 @@ def test_a_launch_finds_what_was_compiled_ahead(
     assert calls == [1], "the second start has nothing to do"
     assert compile_ahead(lambda: calls.append(1), "a key", 4, agree=lambda _: 0) == 0
     assert calls == [1, 1], "another rank has not: all run"
+
+
+def test_a_long_prompt_is_compiled_ahead(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels whose arguments are tensor descriptors, Gluon's on Hopper."""
+    if not torch.zeros(1, device=device).is_cuda:
+        pytest.skip("about CUDA tensors")
+    import triton
+
+    from kubeinfer.kernels.attention import paged_attention
+    from kubeinfer.kernels.compile_ahead import compile_launches, noted_launches
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    tokens, hq, hk, d = 600, 6, 2, 128  # heads that no other test has
+    cache = torch.randn(2, 40, hk, 16, d, device=device, dtype=torch.bfloat16)
+    table = torch.arange(40, dtype=torch.int32, device=device)[None]
+    q = torch.randn(tokens, hq, d, device=device, dtype=torch.bfloat16)
+    start = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    out = torch.zeros_like(q)
+
+    def step() -> None:
+        paged_attention(
+            q, cache, start, start[1:].clone(), table, out, scale=d**-0.5, max_query_len=tokens, max_seq_len=tokens
+        )  # fmt: skip
+
+    with noted_launches() as launches:
+        step()
+    assert not out.any()
+    major, minor = torch.cuda.get_device_capability()
+    assert compile_launches(launches, 2, 10 * major + minor) == 0
+    compiled = kernels_in(tmp_path)
+    assert len(compiled) == len(launches) == (2 if major >= 9 else 1)
+    step()
+    assert kernels_in(tmp_path) == compiled
+    assert out.any()

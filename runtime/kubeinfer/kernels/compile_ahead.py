@@ -68,6 +68,8 @@ def _type_of(arg: Any) -> Any:
         return arg.dtype
     if isinstance(arg, TensorDescriptor):
         return TensorDescriptor(MockTensor(arg.base.dtype), arg.shape, arg.strides, arg.block_shape)
+    if hasattr(arg, "block_shape"):  # Gluon's descriptor, of a class that not every release of Triton has
+        return type(arg)(MockTensor(arg.base.dtype), arg.shape, arg.strides, arg.block_shape, arg.layout)
     return arg
 
 

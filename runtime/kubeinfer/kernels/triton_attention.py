@@ -25,10 +25,11 @@ from kubeinfer.kernels import tuned
 from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.triton_attention_tiles import attend_tiles
 from kubeinfer.kernels.triton_decode_attention import FIXED_ROWS, decode_attention_triton
-from kubeinfer.kernels.triton_launch import Kernel, has_tensor_memory_accelerator
+from kubeinfer.kernels.triton_launch import Kernel, has_tensor_memory_accelerator, runs_gluon
 
 if TYPE_CHECKING:
     from kubeinfer.kernels.attention import DecodeWorkspace
+    from kubeinfer.kernels.gluon_prefill import GluonConfig
     from kubeinfer.kernels.shared_prefix import SharedPrefix
 
 _LOG2E = 1.4426950408889634
@@ -202,6 +203,17 @@ def _prefill_config(head_dim: int, group: int, wide: bool, fp8: bool, tma: bool)
     return max(64, smallest), 32, 4, 2
 
 
+@functools.cache
+def _gluon_config(head_dim: int) -> GluonConfig | None:
+    """How the Gluon kernel runs in place of the prefill kernel over gathered rows; ``None``: it does not."""
+    found = tuned.lookup("attention", f"prefill/d{head_dim}/gluon") if runs_gluon() else None
+    if found is None:
+        return None
+    from kubeinfer.kernels.gluon_prefill import GluonConfig
+
+    return GluonConfig(found["block_n"], found["num_stages"], bool(found["ping_pong"]))
+
+
 def paged_attention_triton(
     q: Tensor,
     kv_cache: Tensor,
@@ -293,6 +305,17 @@ def paged_attention_triton(
                 ),
                 8,
             )  # fmt: skip
+            gluon = (
+                _gluon_config(head_dim) if sliding_window == 0 and soft_cap == 0.0 and group <= 128 else None
+            )
+            if gluon is not None:
+                from kubeinfer.kernels.gluon_prefill import prefill_gluon
+
+                prefill_gluon(
+                    q, rows, row_starts, query_start, seq_lens, out, qk_scale, v_scale, num_kv_heads, num_decodes,
+                    num_prefills, gluon,
+                )  # fmt: skip
+                return out
             k_rows = TensorDescriptor(rows[0], list(rows.shape[1:]), [head_dim, 1], [block_n, head_dim])
             v_rows = TensorDescriptor(rows[1], list(rows.shape[1:]), [head_dim, 1], [block_n, head_dim])
         # Of all tokens: those of decodes that a captured step leaves unused are prompts'. A tile too many ends at once.

@@ -39,6 +39,12 @@ def has_tensor_memory_accelerator() -> bool:
 
 
 @functools.cache
+def runs_gluon() -> bool:
+    """Kernels in Gluon for Hopper: its language changes with Triton's releases."""
+    return _hopper() and _KNOWN_RELEASE and torch.cuda.get_device_capability()[0] == 9
+
+
+@functools.cache
 def multiplies_thread_by_thread() -> bool:
     """The product of 16 x 8 x 16 of `kubeinfer.kernels.triton_mma`: Ampere and later. (The interpreter has no GPU to ask.)"""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)

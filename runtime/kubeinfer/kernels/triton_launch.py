@@ -39,6 +39,12 @@ def has_tensor_memory_accelerator() -> bool:
 
 
 @functools.cache
+def has_bulk_copies() -> bool:
+    """Gluon kernels with bulk copies may run: on Hopper, in the one Triton release that they are known to be right with."""
+    return _KNOWN_RELEASE and _hopper() and torch.cuda.get_device_capability()[0] == 9
+
+
+@functools.cache
 def multiplies_thread_by_thread() -> bool:
     """The product of 16 x 8 x 16 of `kubeinfer.kernels.triton_mma`: Ampere and later. (The interpreter has no GPU to ask.)"""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)

@@ -21,6 +21,7 @@ from kubeinfer.kernels.triton_launch import has_bulk_copies, processors
 
 MAX_TOKENS = 8
 _MOST_SHARED = 227 << 10  # bytes that a program may have on Hopper
+_LEAST_SHARED = 0  # for trying whether kernels of over 48 KiB, for which Triton asks for all shared memory, overlap better
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def layout_of(k: int, tokens: int, config: Int4BulkConfig, once: bool = False) -
     for size in sizes:
         found.append(at)
         at += triton.cdiv(size, 16) * 16
-    return (*found, at)
+    return (*found, max(at, _LEAST_SHARED))
 
 
 def fits(m: int, n: int, k: int, gated: bool, config: Int4BulkConfig) -> bool:

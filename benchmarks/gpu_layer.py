@@ -67,11 +67,12 @@ def run_bf16(layers: list[Layer], residual: Tensor) -> None:
 
 def run_int4(layers: list[Layer], residual: Tensor) -> None:
     """As of an AWQ checkpoint with groups of 128."""
-    for layer in layers:
-        x = int4.int4_linear(residual, layer.qkv, layer.bias, layer.norm, _EPS)
-        int4.int4_linear(x[:, :_HIDDEN], layer.out, None, residual=residual)
-        y = int4.int4_linear(residual, layer.gate_up, None, layer.mlp_norm, _EPS, gated=True)
-        int4.int4_linear(y, layer.down, None, residual=residual)
+    begun = None
+    for layer, following in zip(layers, [*layers[1:], layers[0]], strict=True):
+        x = int4.int4_linear(residual, layer.qkv, layer.bias, layer.norm, _EPS, begun=begun)
+        begun = int4.int4_add_before_norm(residual, x[:, :_HIDDEN], layer.out, None, layer.mlp_norm)
+        y = int4.int4_linear(residual, layer.gate_up, None, layer.mlp_norm, _EPS, gated=True, begun=begun)
+        begun = int4.int4_add_before_norm(residual, y, layer.down, None, following.norm)
 
 
 # What makes a weight, what runs layers, and how many layers' weights are several times the L2 cache.

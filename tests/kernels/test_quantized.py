@@ -352,20 +352,21 @@ def test_int4_kernel_for_the_form(device: str) -> None:
     if not on_hopper(device):
         pytest.skip("about Hopper's Triton kernel")
     from kubeinfer.kernels.triton_int4 import few_config
+    from kubeinfer.kernels.triton_int4_bulk import Int4BulkConfig
     from kubeinfer.kernels.triton_int4_stream import Int4StreamConfig
 
-    def streams(tokens: int, n: int, gated_rows: bool, dtype: torch.dtype, group: int = 128) -> bool:
+    def shared(tokens: int, n: int, gated_rows: bool, dtype: torch.dtype, group: int = 128) -> bool:
         weight = Int4Weight(torch.empty(0), torch.empty(0), n, 3584, group)
-        x = torch.empty(tokens, 3584, dtype=dtype)
-        return isinstance(few_config(x, weight, gated_rows), Int4StreamConfig)
+        x = torch.empty(tokens, 3584, dtype=dtype, device=device)
+        return isinstance(few_config(x, weight, gated_rows), Int4StreamConfig | Int4BulkConfig)
 
     for n, gated_rows in ((4608, False), (37888, True)):
-        assert streams(1, n, gated_rows, torch.bfloat16)
-        assert streams(8, n, gated_rows, torch.bfloat16)
-        assert not streams(9, n, gated_rows, torch.bfloat16)
-        assert not streams(1, n, gated_rows, torch.float16)
-        assert not streams(1, n, gated_rows, torch.bfloat16, group=64)
-    assert not streams(1, 3584, False, torch.bfloat16)
+        assert shared(1, n, gated_rows, torch.bfloat16)
+        assert shared(8, n, gated_rows, torch.bfloat16)
+        assert not shared(9, n, gated_rows, torch.bfloat16)
+        assert not shared(1, n, gated_rows, torch.float16)
+        assert not shared(1, n, gated_rows, torch.bfloat16, group=64)
+    assert not shared(1, 4096, False, torch.bfloat16)
 
 
 @pytest.mark.gpu

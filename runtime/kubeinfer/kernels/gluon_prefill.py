@@ -3,8 +3,8 @@
 
 Triton waits for each product before the next instruction that could overlap with it. Here a warp fetches tiles of keys and
 values into a ring in shared memory, and two warpgroups of 64 rows each issue a tile's ``q @ k.T`` and the ``p @ v`` of the
-tile before together: while the second runs, they turn the first's result into weights. With ``PING_PONG`` the warpgroups
-take turns at issuing, so that one's exponentials fall into the other's products.
+tile before together: while the second runs, they turn the first's result into weights. (That the warpgroups take turns at issuing, as
+there, was tried and is 2% slower here.)
 
 Rows, their order and the search for a tile's sequence are those of `kubeinfer.kernels.triton_attention`, whose gathered
 keys and values this reads. Step ``i`` of the ring holds the keys of tile ``i`` and the values of tile ``i - 1``.
@@ -85,14 +85,12 @@ def _consume(
     out_ptr,
     q_buffers,
     ring,
-    turn,
     place,
     qk_scale,
     v_scale,
     STRIDE_Q: gl.constexpr,
     STRIDE_OUT: gl.constexpr,
     GROUP: gl.constexpr,
-    PING_PONG: gl.constexpr,
     PART: gl.constexpr,
 ):
     """The rows of one warpgroup: ``PART`` 0 or 1."""
@@ -132,13 +130,9 @@ def _consume(
         mbarrier.wait(ready.index(1 % STAGES), 1 // STAGES & 1)
         for step in range(1, tiles):
             at = step % STAGES
-            if PING_PONG:
-                mbarrier.wait(turn.index(PART), (step ^ PART) & 1)
             s = warpgroup_mma(q, k.index(at).permute((1, 0)), zeros, use_acc=False, is_async=True)
             weights = _as_operand(p, DTYPE)
             acc = warpgroup_mma(weights, v.index(at), acc, is_async=True)
-            if PING_PONG:
-                mbarrier.arrive(turn.index(1 - PART))
             s = warpgroup_mma_wait(1, deps=(s,))
             if step >= full:
                 s = _masked(s, positions, step * BLOCK_N)
@@ -181,7 +175,6 @@ def _gluon_prefill_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    PING_PONG: gl.constexpr,
 ):
     DTYPE: gl.constexpr = q_ptr.dtype.element_ty
     BLOCK_Q: gl.constexpr = BLOCK_M // GROUP
@@ -212,19 +205,16 @@ def _gluon_prefill_kernel(
     v = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], v_rows.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
     ring = (k, v, ready, free)
     place = (head, query_begin, query_len, first_token, seq_len - query_len, tiles)
     gl.warp_specialize(
         [
-            (_consume, (q_ptr, out_ptr, q, ring, turn, place, qk_scale, v_scale, STRIDE_Q, STRIDE_OUT, GROUP, PING_PONG, 0)),
-            (_consume, (q_ptr, out_ptr, q, ring, turn, place, qk_scale, v_scale, STRIDE_Q, STRIDE_OUT, GROUP, PING_PONG, 1)),
+            (_consume, (q_ptr, out_ptr, q, ring, place, qk_scale, v_scale, STRIDE_Q, STRIDE_OUT, GROUP, 0)),
+            (_consume, (q_ptr, out_ptr, q, ring, place, qk_scale, v_scale, STRIDE_Q, STRIDE_OUT, GROUP, 1)),
             (_produce, (k_rows, v_rows, ring, row, tiles)),
         ],
         [4, 1],
@@ -240,7 +230,6 @@ class GluonConfig(NamedTuple):
 
     block_n: int
     num_stages: int
-    ping_pong: bool
 
 
 def prefill_gluon(
@@ -280,7 +269,7 @@ def prefill_gluon(
             num_prefills, qk_scale, v_scale,
         ),
         (
-            q.stride(0), out.stride(0), group, head_dim, _BLOCK_M, config.block_n, config.num_stages, config.ping_pong,
+            q.stride(0), out.stride(0), group, head_dim, _BLOCK_M, config.block_n, config.num_stages,
         ),
         num_warps=4,
         max_registers=_REGISTERS,

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kubeinfer.kernels.activation import silu_and_mul
-from kubeinfer.kernels.norm import rms_norm
+from kubeinfer.kernels.norm import NormBegun, rms_norm
 
 ROWS, CHUNK = 16, 128  # rows and inputs of a block
 # AutoAWQ's order: where in a run of eight outputs the code of each bit position belongs.
@@ -191,6 +191,7 @@ def int4_linear(
     eps: float = 0.0,
     gated: bool = False,
     residual: Tensor | None = None,
+    begun: NormBegun | None = None,
 ) -> Tensor:
     """``rms_norm(x) @ weight.T + bias``, through ``silu(gate) * up`` where ``gated``, added to ``residual`` where given.
 
@@ -200,6 +201,7 @@ def int4_linear(
         norm_weight: ``[k]``; None: ``x`` as it is.
         gated: gates are the first half of the weight's rows; the result is ``[T, n / 2]``.
         residual: ``[T, n]``, written in place and returned.
+        begun: that norm, if the product before began it.
     """
     if x.is_cuda and x.shape[0] and x.dtype in (torch.bfloat16, torch.float16):
         from kubeinfer.kernels.triton_int4 import few_config, int4_few_triton
@@ -208,11 +210,28 @@ def int4_linear(
         if config is not None:
             # In float16 the norm's weights times inputs that are not yet normed could overflow.
             if norm_weight is not None and weight.order is None and x.dtype == torch.bfloat16:
-                return int4_few_triton(x, weight, bias, norm_weight, eps, gated, residual, config)
+                return int4_few_triton(x, weight, bias, norm_weight, eps, gated, residual, config, begun)
             x = _prepared(x, weight, norm_weight, eps)
             return int4_few_triton(x, weight, bias, None, 0.0, gated, residual, config)
     y = F.linear(_prepared(x, weight, norm_weight, eps), dequantize_int4(weight, x.dtype), bias)
     return _finished(y, gated, residual)
+
+
+def int4_add_before_norm(
+    residual: Tensor, x: Tensor, weight: Int4Weight, bias: Tensor | None, norm_weight: Tensor
+) -> NormBegun | None:
+    """`int4_linear` added to ``residual``; the RMS norm of the sum, whose weight is ``norm_weight [n]``, is begun if that costs no
+    kernel."""
+    if x.is_cuda and x.shape[0] and x.dtype in (torch.bfloat16, torch.float16):
+        from kubeinfer.kernels.triton_int4 import few_config, int4_add_triton
+
+        config = few_config(x, weight, False)
+        if config is not None:
+            return int4_add_triton(
+                residual, _prepared(x, weight, None, 0.0), weight, bias, config, norm_weight
+            )
+    int4_linear(x, weight, bias, residual=residual)
+    return None
 
 
 def _prepared(x: Tensor, weight: Int4Weight, norm_weight: Tensor | None, eps: float) -> Tensor:

@@ -211,7 +211,7 @@ def _gluon_config(head_dim: int) -> GluonConfig | None:
         return None
     from kubeinfer.kernels.gluon_prefill import GluonConfig
 
-    return GluonConfig(found["block_n"], found["num_stages"], bool(found["ping_pong"]))
+    return GluonConfig(**found)
 
 
 def paged_attention_triton(

@@ -30,6 +30,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.int4 import ROWS, Int4Weight
+from kubeinfer.kernels.norm import NormBegun, rms_norm
+from kubeinfer.kernels.triton_int4_bulk import Int4BulkConfig, find_bulk_config, int4_bulk_triton
+from kubeinfer.kernels.triton_int4_bulk import serves as bulk_serves
 from kubeinfer.kernels.triton_int4_stream import (
     Int4StreamConfig,
     find_stream_config,
@@ -331,7 +334,10 @@ def layout(weight: Int4Weight) -> tuple[int, int, int, bool]:
     return weight.words.shape[1], weight.group, weight.bits // 4, weight.minimums
 
 
-def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | Int4StreamConfig | None:
+AnyConfig = Int4Config | Int4StreamConfig | Int4BulkConfig
+
+
+def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> AnyConfig | None:
     """How `int4_few_triton` computes it; None where it has no kernel, or cuBLAS on the dequantized weight is faster."""
     if (
         x.shape[0] > MAX_ROWS
@@ -341,6 +347,10 @@ def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> Int4Config | Int4S
     ):
         return None
     n, kind = (weight.n // 2, "gated") if gated else (weight.n, "plain")
+    if bulk_serves(x, weight):
+        bulk = find_bulk_config(x.shape[0], n, weight.k, kind)
+        if bulk is not None:
+            return bulk
     if serves(x, weight):
         stream = find_stream_config(n, weight.k, kind)
         if stream is not None:
@@ -380,7 +390,8 @@ def int4_few_triton(
     eps: float,
     gated: bool,
     residual: Tensor | None,
-    config: Int4Config | Int4StreamConfig,
+    config: AnyConfig,
+    begun: NormBegun | None = None,
 ) -> Tensor:
     """`kubeinfer.kernels.int4.int4_linear` where `few_config` finds a configuration; the weight's order is the inputs'.
 
@@ -388,9 +399,16 @@ def int4_few_triton(
     """
     m, k = x.shape
     n = weight.n // 2 if gated else weight.n
-    if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
-        x = x.clone(memory_format=torch.contiguous_format)
     out = residual if residual is not None else torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if isinstance(config, Int4BulkConfig):
+        squares = None
+        if begun is not None:
+            x, squares = begun.scaled, begun.squares
+        elif norm_weight is not None:
+            x = rms_norm(x, norm_weight, eps)
+        int4_bulk_triton(_aligned(x), weight, bias, gated, residual is not None, out, config, squares, eps)
+        return out
+    x = _aligned(x)
     if isinstance(config, Int4StreamConfig):
         return int4_stream_triton(x, weight, bias, norm_weight, eps, gated, residual is not None, out, config)
     chunks = weight.words.shape[1]
@@ -409,3 +427,20 @@ def int4_few_triton(
     programs = triton.cdiv(n, ROWS * (config.tiles // 2 if gated else config.tiles))
     _FEW.launch((programs, 1, 1), args, constants, config.num_warps, pdl=pdl, max_registers=config.registers)
     return out
+
+
+def int4_add_triton(
+    residual: Tensor, x: Tensor, weight: Int4Weight, bias: Tensor | None, config: AnyConfig, next_norm: Tensor
+) -> NormBegun | None:
+    """`int4_few_triton` added to ``residual``; the norm of the sum whose weight is ``next_norm [N]`` is begun, if the kernel can."""
+    if isinstance(config, Int4BulkConfig):
+        return int4_bulk_triton(_aligned(x), weight, bias, False, True, residual, config, next_norm=next_norm)
+    int4_few_triton(x, weight, bias, None, 0.0, False, residual, config)
+    return None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Rows that are read 8 bytes at a time."""
+    if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x

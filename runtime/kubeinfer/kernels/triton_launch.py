@@ -40,7 +40,7 @@ def has_tensor_memory_accelerator() -> bool:
 
 @functools.cache
 def runs_gluon() -> bool:
-    """Kernels in Gluon for Hopper: its language changes with Triton's releases."""
+    """Kernels in Gluon for Hopper may run: in the Triton release that they were checked with, as its language still changes."""
     return _hopper() and _KNOWN_RELEASE and torch.cuda.get_device_capability()[0] == 9
 
 

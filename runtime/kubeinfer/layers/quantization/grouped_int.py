@@ -12,6 +12,7 @@ from kubeinfer.errors import ModelLoadError, OptionError
 from kubeinfer.kernels.int4 import (
     Int4Weight,
     dequantize_codes,
+    int4_add_before_norm,
     int4_linear,
     pack_int4,
     unpack_awq,
@@ -189,14 +190,19 @@ class Int4Method(LinearMethod):
     def after_norm(
         self, x: Tensor, norm: RMSNorm, bias: Tensor | None, begun: NormBegun | None = None
     ) -> Tensor:
-        return int4_linear(x, self.weight, bias, norm.weight, norm.eps)
+        return int4_linear(x, self.weight, bias, norm.weight, norm.eps, begun=begun)
 
     def gated(
         self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None, begun: NormBegun | None = None
     ) -> Tensor:
         if norm is None:
             return int4_linear(x, self.weight, bias, gated=True)
-        return int4_linear(x, self.weight, bias, norm.weight, norm.eps, gated=True)
+        return int4_linear(x, self.weight, bias, norm.weight, norm.eps, gated=True, begun=begun)
 
     def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         return int4_linear(x, self.weight, bias, residual=residual)
+
+    def add_before_norm(
+        self, residual: Tensor, x: Tensor, bias: Tensor | None, norm: RMSNorm
+    ) -> NormBegun | None:
+        return int4_add_before_norm(residual, x, self.weight, bias, norm.weight)

@@ -1,0 +1,212 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment"
+"""What Gluon kernels are made of that bring memory near by bulk copies: inline assembly as in `kubeinfer.kernels.triton_mma`.
+
+A bulk copy (Hopper) is one instruction of one thread for kilobytes: the copy engine moves them into shared memory and counts
+their bytes at a barrier there. Neither registers nor the units for loads have to do with them on the way.
+
+Shared memory is addressed by number. Gluon has no operation for the address of what it allocated, but its allocations lie
+behind a symbol: the only allocation of a kernel that lets the compiler use no other shared memory is at the symbol. (That there
+is no other is seen in the compiled kernel's size of shared memory; a test looks at it.)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def shared_base(threads):
+    """The address of the kernel's shared memory, for each of ``threads``."""
+    return tl.inline_asm_elementwise(
+        "mov.u32 $0, global_smem;", "=r,r", [threads], dtype=tl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
+def warp_of(threads):
+    """The number of each thread's warp, in a way that tells the compiler that a warp's threads have the same."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 0x1F, 0xFFFFFFFF;", "=r,r", [threads // 32], dtype=tl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
+def init_barrier(at, wanted):
+    """Where ``wanted``, a barrier at ``at`` for the bytes that one thread expects. A warp's are there for all its threads then."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.b32 p, $2, 0;
+        @p mbarrier.init.shared::cta.b64 [$1], 1;
+        fence.mbarrier_init.release.cluster;
+        fence.proxy.async.shared::cta;
+        bar.warp.sync 0xFFFFFFFF;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r", [at, wanted], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def wait_barrier(at, phase):
+    """Until the barrier at ``at`` has ended its ``phase`` (0 or 1, in turns)."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred done;
+        again:
+        mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;
+        @!done bra again;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r", [at, phase], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def copy2(leader, wanted, barrier, to, words, metas, WORDS: tl.constexpr, METAS: tl.constexpr):
+    """A warp's ``leader`` (1; others 0) has WORDS bytes from ``words`` and METAS from ``metas`` copied to ``to``.
+
+    Before, the warp's threads have read what was there. Where not ``wanted`` the barrier's phase ends without a copy.
+    """
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred lead, copy;
+        .reg .b32 at, bytes;
+        bar.warp.sync 0xFFFFFFFF;
+        elect.sync _|lead, 0xFFFFFFFF;
+        setp.ne.and.b32 lead, $1, 0, lead;
+        setp.ne.and.b32 copy, $2, 0, lead;
+        selp.b32 bytes, $9, 0, copy;
+        add.u32 at, $4, $7;
+        @lead mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], bytes;
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$4], [$5], $7, [$3];
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at], [$6], $8, [$3];
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r,r,l,l,r,r,r", [leader, wanted, barrier, to, words, metas, WORDS, METAS, WORDS + METAS],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def copy4(
+    leader, wanted, barrier, to, words0, words1, metas0, metas1, WORDS: tl.constexpr, METAS: tl.constexpr
+):
+    """`copy2` of two places each: both WORDS bytes, then both METAS bytes."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred lead, copy;
+        .reg .b32 at1, at2, at3, bytes;
+        bar.warp.sync 0xFFFFFFFF;
+        elect.sync _|lead, 0xFFFFFFFF;
+        setp.ne.and.b32 lead, $1, 0, lead;
+        setp.ne.and.b32 copy, $2, 0, lead;
+        selp.b32 bytes, $11, 0, copy;
+        add.u32 at1, $4, $9;
+        add.u32 at2, at1, $9;
+        add.u32 at3, at2, $10;
+        @lead mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], bytes;
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$4], [$5], $9, [$3];
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at1], [$6], $9, [$3];
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at2], [$7], $10, [$3];
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at3], [$8], $10, [$3];
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r,r,l,l,l,l,r,r,r",
+        [leader, wanted, barrier, to, words0, words1, metas0, metas1, WORDS, METAS, 2 * (WORDS + METAS)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def wait_for_kernel_before(threads):
+    """Until the kernel before has ended; then the next may get in place."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;",
+        "=r,r", [threads], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def all_threads(threads):
+    """Wait for all threads of the program: what they stored in shared memory can be read then."""
+    tl.inline_asm_elementwise(
+        "bar.sync 0; mov.u32 $0, 0;", "=r,r", [threads], dtype=tl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
+def shared4(at):
+    """Four words of shared memory."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def shared2(at):
+    """Two words of shared memory."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r", [at], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
+def shared_number(at):
+    """An fp32 number of shared memory."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.f32 $0, [$1];", "=f,r", [at], dtype=tl.float32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
+def put4(at, wanted, a, b, c, d):
+    """Where ``wanted``, four words into shared memory."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.b32 p, $2, 0;
+        @p st.shared.v4.b32 [$1], {$3, $4, $5, $6};
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r,r,r,r", [at, wanted, a, b, c, d], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def put_numbers2(at, wanted, a, b):
+    """Where ``wanted``, two fp32 numbers into shared memory."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.b32 p, $2, 0;
+        @p st.shared.v2.f32 [$1], {$3, $4};
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,f,f", [at, wanted, a, b], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def put_numbers4(at, wanted, a, b, c, d):
+    """Where ``wanted``, four fp32 numbers into shared memory."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.b32 p, $2, 0;
+        @p st.shared.v4.f32 [$1], {$3, $4, $5, $6};
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,f,f,f,f", [at, wanted, a, b, c, d], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def put_number(at, a):
+    """An fp32 number into shared memory."""
+    tl.inline_asm_elementwise(
+        "st.shared.f32 [$1], $2; mov.u32 $0, 0;", "=r,r,f", [at, a], dtype=tl.int32, is_pure=False, pack=1
+    )  # fmt: skip

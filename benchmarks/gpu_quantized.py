@@ -5,7 +5,7 @@
 For every product of a decoder layer of the 7B shape: microseconds as the layer runs it (norm and activation included), as
 replayed CUDA graphs that take turns over weights larger than the L2 cache. ``--tune`` first times each configuration of the
 kernels of a few tokens, checks it, and writes ``int4.json`` and the entries of FP8 weights, ``linear_fp8.json``, there; those
-of the two that win belong into ``runtime/kubeinfer/kernels/tuned``.
+of the two that win belong into ``runtime/kubeinfer/kernels/tuned``. (Entries ``/bulk`` of ``int4.json`` are `gpu_layer.py`'s.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from kubeinfer.kernels.int4 import Int4Weight
 from kubeinfer.kernels.linear import MAX_FEW_ROWS
 from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm, rms_norm_reference
 from kubeinfer.kernels.triton_int4 import Int4Config, int4_few_triton
-from kubeinfer.kernels.triton_int4_stream import Int4StreamConfig
 from kubeinfer.kernels.triton_linear import Config, linear_triton
 
 _TURNS_BYTES = 256 << 20
@@ -202,20 +201,6 @@ def int4_candidates(product: Product, m: int, kind: str) -> list[Int4Config]:
     return found
 
 
-def int4_stream_candidates(product: Product) -> list[Int4StreamConfig]:
-    """Of up to eight tokens, on Hopper."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        return []
-    return [
-        Int4StreamConfig(tiles, warps, stages, apart)
-        for tiles in ((2, 4) if product.gated else (1, 2))
-        for warps in (4, 8)
-        for stages in (3, 4, 5, 7)
-        for apart in ((0, 1) if product.norm else (0,))
-        if product.k % (int4.CHUNK * warps) == 0 and tiles * warps * stages <= 40
-    ]
-
-
 def fp8_candidates(product: Product, m: int) -> list[Config]:
     return [
         Config(rows // 2 if product.gated else rows, 256 * warps, warps, depth)
@@ -228,9 +213,7 @@ def fp8_candidates(product: Product, m: int) -> list[Config]:
     ]
 
 
-def int4_run(
-    given: Inputs, config: Int4Config | Int4StreamConfig, weight: Int4Weight, residual: Tensor
-) -> Tensor:
+def int4_run(given: Inputs, config: Int4Config, weight: Int4Weight, residual: Tensor) -> Tensor:
     p = given.product
     norm = given.norm if p.norm else None
     return int4_few_triton(given.x, weight, None, norm, 1e-6, p.gated, residual if p.add else None, config)
@@ -300,8 +283,6 @@ def tune(folder: Path, workers: int, kinds: list[str]) -> None:
                 configs: list[Any] = (
                     fp8_candidates(product, m) if kind == "fp8" else int4_candidates(product, m, kind)
                 )
-                if kind == "int4" and m == 1:
-                    configs = configs + int4_stream_candidates(product)
                 candidates[(kind, product, m)] = configs
     tasks = [
         (*key, configs[i : i + 3]) for key, configs in candidates.items() for i in range(0, len(configs), 3)
@@ -327,7 +308,6 @@ def tune(folder: Path, workers: int, kinds: list[str]) -> None:
             continue
         timed.sort(key=lambda pair: pair[0])
         best, config = timed[0]
-        fastest = best
         others: Any = fp8_cores if kind == "fp8" else int4_cores
         cores = microseconds(lambda w, g=given, f=others: f(g, w), weights)
         shape = f"{product.kind}/{product.n}x{product.k}"
@@ -335,15 +315,9 @@ def tune(folder: Path, workers: int, kinds: list[str]) -> None:
         # One kernel is for up to eight tokens.
         key = f"fp8/{shape}/m{m}" if kind == "fp8" else f"{shape}/m{max(8, m)}{form}"
         entries = tables["linear_fp8" if kind == "fp8" else "int4"]
-        if isinstance(
-            config, Int4StreamConfig
-        ):  # on other GPUs and in float16 the best of the others is taken
-            if best <= cores:
-                entries[f"{key}/stream"] = asdict(config)
-            best, config = next(pair for pair in timed if not isinstance(pair[1], Int4StreamConfig))
         entries[key] = dict.fromkeys(asdict(config), 0) if cores < best else asdict(config)
         print(
-            f"{product.name:12} {kind} m{m} {fastest:7.2f} us (as many tokens {cores:.2f}) {size / fastest / 1e6:5.2f} TB/s; "
+            f"{product.name:12} {kind} m{m} {best:7.2f} us (as many tokens {cores:.2f}) {size / best / 1e6:5.2f} TB/s; "
             + ", ".join(
                 f"{time:.2f} {type(other).__name__}{tuple(asdict(other).values())}"
                 for time, other in timed[:5]

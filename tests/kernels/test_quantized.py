@@ -315,50 +315,17 @@ def on_hopper(device: str) -> bool:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 3, 8])
-@pytest.mark.parametrize(
-    ("config", "n", "gated_rows"), [((1, 4, 7, 0), 4608, False), ((2, 4, 4, 1), 1184, True)]
-)
-def test_int4_weights_through_shared_memory(
-    device: str, config: tuple[int, int, int, int], n: int, gated_rows: bool, tokens: int
-) -> None:
-    """The tuned forms, with all that a layer may ask; with the same result every time."""
-    if not on_hopper(device):
-        pytest.skip("about Hopper's Triton kernel")
-    from kubeinfer.kernels.triton_int4 import int4_few_triton
-    from kubeinfer.kernels.triton_int4_stream import Int4StreamConfig
-
-    form = Int4StreamConfig(*config)
-    packed, plain = int4_weight(2 * n if gated_rows else n, 3584, 128)
-    weight = move(packed, device)
-    x, norm = torch.randn(tokens, 3584).bfloat16(), (torch.rand(3584) + 0.5).bfloat16()
-    bias, total = torch.randn(plain.shape[0]).bfloat16(), torch.randn(tokens, n).bfloat16()
-    on, bias_on, norm_on = x.to(device), bias.to(device), norm.to(device)
-    inputs = normed(x, norm).bfloat16().double() if form.norm_apart else normed(x, norm)
-    want = inputs @ plain.T + bias.double()
-    got = [int4_few_triton(on, weight, bias_on, norm_on, EPS, gated_rows, None, form) for _ in range(3)]
-    assert error(got[0], gated(want) if gated_rows else want) < TOLERANCE[torch.bfloat16]
-    assert torch.equal(got[0], got[1])
-    assert torch.equal(got[0], got[2])
-    want = x.double() @ plain.T
-    want = total.double() + (gated(want) if gated_rows else want)
-    added = int4_few_triton(on, weight, None, None, 0.0, gated_rows, total.to(device), form)
-    assert error(added, want) < TOLERANCE[torch.bfloat16]
-
-
-@pytest.mark.gpu
 def test_int4_kernel_for_the_form(device: str) -> None:
     """Weights go through shared memory only where that was tuned: few tokens in bfloat16, groups of 128."""
     if not on_hopper(device):
-        pytest.skip("about Hopper's Triton kernel")
+        pytest.skip("about Hopper's kernel")
     from kubeinfer.kernels.triton_int4 import few_config
     from kubeinfer.kernels.triton_int4_bulk import Int4BulkConfig
-    from kubeinfer.kernels.triton_int4_stream import Int4StreamConfig
 
     def shared(tokens: int, n: int, gated_rows: bool, dtype: torch.dtype, group: int = 128) -> bool:
         weight = Int4Weight(torch.empty(0), torch.empty(0), n, 3584, group)
         x = torch.empty(tokens, 3584, dtype=dtype, device=device)
-        return isinstance(few_config(x, weight, gated_rows), Int4StreamConfig | Int4BulkConfig)
+        return isinstance(few_config(x, weight, gated_rows), Int4BulkConfig)
 
     for n, gated_rows in ((4608, False), (37888, True)):
         assert shared(1, n, gated_rows, torch.bfloat16)

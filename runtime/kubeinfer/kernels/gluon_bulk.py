@@ -65,57 +65,75 @@ def wait_barrier(at, phase):
 
 
 @triton.jit
-def copy2(leader, wanted, barrier, to, words, metas, WORDS: tl.constexpr, METAS: tl.constexpr):
+def copy2(leader, wanted, barrier, to, seen, words, metas, WORDS: tl.constexpr, METAS: tl.constexpr):
     """A warp's ``leader`` (1; others 0) has WORDS bytes from ``words`` and METAS from ``metas`` copied to ``to``.
 
-    Before, the warp's threads have read what was there. Where not ``wanted`` the barrier's phase ends without a copy.
+    Before, what was there has arrived in the warp's registers: ``seen`` is made of it, and the copy waits for that number (of which
+    nothing depends: a number times the next is even). It is not enough that the loads stand before the copy: they
+    may wait in line for longer than a copy takes. Where not ``wanted`` the barrier's phase ends without a copy.
     """
     tl.inline_asm_elementwise(
         """{
         .reg .pred lead, copy;
-        .reg .b32 at, bytes;
+        .reg .b32 nothing, at, bytes;
+        mad.lo.u32 nothing, $5, $5, $5;
+        and.b32 nothing, nothing, 1;
         bar.warp.sync 0xFFFFFFFF;
         elect.sync _|lead, 0xFFFFFFFF;
         setp.ne.and.b32 lead, $1, 0, lead;
+        setp.eq.and.b32 lead, nothing, 0, lead;
         setp.ne.and.b32 copy, $2, 0, lead;
-        selp.b32 bytes, $9, 0, copy;
-        add.u32 at, $4, $7;
+        selp.b32 bytes, $10, 0, copy;
+        add.u32 at, $4, $8;
         @lead mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], bytes;
-        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$4], [$5], $7, [$3];
-        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at], [$6], $8, [$3];
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$4], [$6], $8, [$3];
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at], [$7], $9, [$3];
         mov.u32 $0, 0;
         }""",
-        "=r,r,r,r,r,l,l,r,r,r", [leader, wanted, barrier, to, words, metas, WORDS, METAS, WORDS + METAS],
+        "=r,r,r,r,r,r,l,l,r,r,r", [leader, wanted, barrier, to, seen, words, metas, WORDS, METAS, WORDS + METAS],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
 def copy4(
-    leader, wanted, barrier, to, words0, words1, metas0, metas1, WORDS: tl.constexpr, METAS: tl.constexpr
+    leader,
+    wanted,
+    barrier,
+    to,
+    seen,
+    words0,
+    words1,
+    metas0,
+    metas1,
+    WORDS: tl.constexpr,
+    METAS: tl.constexpr,
 ):
     """`copy2` of two places each: both WORDS bytes, then both METAS bytes."""
     tl.inline_asm_elementwise(
         """{
         .reg .pred lead, copy;
-        .reg .b32 at1, at2, at3, bytes;
+        .reg .b32 nothing, at1, at2, at3, bytes;
+        mad.lo.u32 nothing, $5, $5, $5;
+        and.b32 nothing, nothing, 1;
         bar.warp.sync 0xFFFFFFFF;
         elect.sync _|lead, 0xFFFFFFFF;
         setp.ne.and.b32 lead, $1, 0, lead;
+        setp.eq.and.b32 lead, nothing, 0, lead;
         setp.ne.and.b32 copy, $2, 0, lead;
-        selp.b32 bytes, $11, 0, copy;
-        add.u32 at1, $4, $9;
-        add.u32 at2, at1, $9;
-        add.u32 at3, at2, $10;
+        selp.b32 bytes, $12, 0, copy;
+        add.u32 at1, $4, $10;
+        add.u32 at2, at1, $10;
+        add.u32 at3, at2, $11;
         @lead mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], bytes;
-        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$4], [$5], $9, [$3];
-        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at1], [$6], $9, [$3];
-        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at2], [$7], $10, [$3];
-        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at3], [$8], $10, [$3];
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$4], [$6], $10, [$3];
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at1], [$7], $10, [$3];
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at2], [$8], $11, [$3];
+        @copy cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at3], [$9], $11, [$3];
         mov.u32 $0, 0;
         }""",
-        "=r,r,r,r,r,l,l,l,l,r,r,r",
-        [leader, wanted, barrier, to, words0, words1, metas0, metas1, WORDS, METAS, 2 * (WORDS + METAS)],
+        "=r,r,r,r,r,r,l,l,l,l,r,r,r",
+        [leader, wanted, barrier, to, seen, words0, words1, metas0, metas1, WORDS, METAS, 2 * (WORDS + METAS)],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 

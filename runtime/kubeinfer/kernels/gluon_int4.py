@@ -3,9 +3,14 @@
 # ruff: noqa: RUF005 - Triton's tuples are joined, not unpacked
 """Gluon kernel of `kubeinfer.kernels.triton_int4_bulk`: products with 4-bit weights that bulk copies bring into shared memory.
 
-Products, places of threads and codes that are multiplied as subnormal numbers are those of `kubeinfer.kernels.triton_int4_stream`.
-As there a kernel was bound by how its weights came: copies of 16 bytes a thread, and four times the same scales, took the
-units for loads. Here one thread of a warp asks for kilobytes, and the rest of the warp finds them in shared memory.
+Products and places of threads are those of `kubeinfer.kernels.triton_int4`. A kernel that reads its weights itself is bound by how
+they come, a few bytes a thread at a time, and not by what it does with them. Here one thread of a warp asks for kilobytes, and the
+rest of the warp finds them in shared memory.
+
+Codes are multiplied as they stand in the words, in bits 0 to 3 or 4 to 7 of 16: as subnormal (or the least normal) bfloat16
+numbers of 2**-133 or 2**-129 a unit, which spares half of the shifts. The inputs are multiplied by 2**64 or 2**60 for that, so
+that magnitudes from 2**-57 to 2**63 keep all bits. Whether tensor cores take subnormal numbers as they are is not written
+anywhere: it was seen on an H200, and the kernel is only for its generation.
 
 Each warp is a stream of its own: it has chunks of 128 inputs that follow each other, and of the tiles of rows that come one
 after the other (UNITS, every PROGRAMS-th) those chunks' weights, in a ring of SLOTS pieces of PIECE chunks. It waits for a piece
@@ -199,16 +204,18 @@ def _put_squares(
 
 @gluon.jit
 def _ask(
-    leader, wanted, barrier, to, words, metas, words_ptr, metas_ptr, TILES: gl.constexpr, OWN: gl.constexpr,
+    leader, wanted, barrier, to, seen, words, metas, words_ptr, metas_ptr, TILES: gl.constexpr, OWN: gl.constexpr,
     APART: gl.constexpr, CHUNKS: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
-    """Ask for PIECE chunks of each tile. ``words`` and ``metas``: where they are behind the pointers."""
+    """Ask for PIECE chunks of each tile. ``words`` and ``metas``: where they are behind the pointers. ``seen``: as of `copy2`."""
     if TILES == 1:
-        copy2(leader, wanted, barrier, to, words_ptr + words, metas_ptr + metas, PIECE * 1024, PIECE * 64)
+        copy2(
+            leader, wanted, barrier, to, seen, words_ptr + words, metas_ptr + metas, PIECE * 1024, PIECE * 64
+        )
     else:
         SECOND: gl.constexpr = APART if OWN == 1 else 1  # tile, counted from the first
         copy4(
-            leader, wanted, barrier, to, words_ptr + words, words_ptr + words + SECOND * (CHUNKS * 256),
+            leader, wanted, barrier, to, seen, words_ptr + words, words_ptr + words + SECOND * (CHUNKS * 256),
             metas_ptr + metas, metas_ptr + metas + SECOND * (CHUNKS * 16), PIECE * 1024, PIECE * 64,
         )  # fmt: skip
 
@@ -256,7 +263,7 @@ def _bulk_kernel(
         wanted = (step_ahead < count).to(gl.int32)
         asked = leader * (unit_ahead < UNITS).to(gl.int32)
         _ask(
-            asked, wanted, barrier_at + slot * 8, ring_at + slot * SLOT, chunk * 256, chunk * 16, words_ptr, meta_ptr,
+            asked, wanted, barrier_at + slot * 8, ring_at + slot * SLOT, leader, chunk * 256, chunk * 16, words_ptr, meta_ptr,
             TILES, OWN, N // 16, CHUNKS, PIECE,
         )  # fmt: skip
         step_ahead += PIECE
@@ -317,6 +324,7 @@ def _bulk_kernel(
         totals = (nothing,) * (4 * TILES)
         for turn in range(STEPS // PIECE):
             wait_barrier(barrier_at + slot * 8, gl.full([T], 0, gl.int32, L) + phase)
+            seen = leader
             for piece in range(PIECE):
                 step = turn * PIECE + piece
                 at = ring_at + slot * SLOT + piece * 1024 + lane * 16
@@ -328,6 +336,8 @@ def _bulk_kernel(
                 at = ring_at + slot * SLOT + piece * 64 + lane // 4 * 8
                 for r in gl.static_range(TILES):
                     metas = metas + shared2(at + (TILES * PIECE * 1024 + r * (PIECE * 64)))
+                for r in gl.static_range(TILES):  # a word of each load
+                    seen = seen ^ words[8 * r] ^ words[8 * r + 4] ^ metas[2 * r]
                 if not EVEN:
                     real = step < count
                     masked = ()
@@ -338,7 +348,7 @@ def _bulk_kernel(
                     chunk = unit_ahead * (OWN * CHUNKS) + first + step_ahead
                     _ask(
                         leader * (unit_ahead < UNITS).to(gl.int32), (step_ahead < count).to(gl.int32),
-                        barrier_at + slot * 8, ring_at + slot * SLOT, chunk * 256, chunk * 16, words_ptr, meta_ptr,
+                        barrier_at + slot * 8, ring_at + slot * SLOT, seen, chunk * 256, chunk * 16, words_ptr, meta_ptr,
                         TILES, OWN, N // 16, CHUNKS, PIECE,
                     )  # fmt: skip
                 if HELD:
@@ -364,7 +374,7 @@ def _bulk_kernel(
                 chunk = unit_ahead * (OWN * CHUNKS) + first + step_ahead
                 _ask(
                     leader * (unit_ahead < UNITS).to(gl.int32), (step_ahead < count).to(gl.int32), barrier_at + slot * 8,
-                    ring_at + slot * SLOT, chunk * 256, chunk * 16, words_ptr, meta_ptr, TILES, OWN, N // 16, CHUNKS, PIECE,
+                    ring_at + slot * SLOT, seen, chunk * 256, chunk * 16, words_ptr, meta_ptr, TILES, OWN, N // 16, CHUNKS, PIECE,
                 )  # fmt: skip
             slot += 1
             if slot == SLOTS:

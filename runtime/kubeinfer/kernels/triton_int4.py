@@ -33,12 +33,6 @@ from kubeinfer.kernels.int4 import ROWS, Int4Weight
 from kubeinfer.kernels.norm import NormBegun, rms_norm
 from kubeinfer.kernels.triton_int4_bulk import Int4BulkConfig, find_bulk_config, int4_bulk_triton
 from kubeinfer.kernels.triton_int4_bulk import serves as bulk_serves
-from kubeinfer.kernels.triton_int4_stream import (
-    Int4StreamConfig,
-    find_stream_config,
-    int4_stream_triton,
-    serves,
-)
 from kubeinfer.kernels.triton_int4_tile import norm_factors, store_tiles
 from kubeinfer.kernels.triton_launch import Kernel, multiplies_thread_by_thread, overlaps_launches
 from kubeinfer.kernels.triton_mma import (
@@ -334,7 +328,7 @@ def layout(weight: Int4Weight) -> tuple[int, int, int, bool]:
     return weight.words.shape[1], weight.group, weight.bits // 4, weight.minimums
 
 
-AnyConfig = Int4Config | Int4StreamConfig | Int4BulkConfig
+AnyConfig = Int4Config | Int4BulkConfig
 
 
 def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> AnyConfig | None:
@@ -351,10 +345,6 @@ def few_config(x: Tensor, weight: Int4Weight, gated: bool) -> AnyConfig | None:
         bulk = find_bulk_config(x.shape[0], n, weight.k, kind)
         if bulk is not None:
             return bulk
-    if serves(x, weight):
-        stream = find_stream_config(n, weight.k, kind)
-        if stream is not None:
-            return stream
     config = find_config(x.shape[0], n, weight.k, kind, weight.bits // 4, weight.group)
     return config if config.tiles else None
 
@@ -409,8 +399,6 @@ def int4_few_triton(
         int4_bulk_triton(_aligned(x), weight, bias, gated, residual is not None, out, config, squares, eps)
         return out
     x = _aligned(x)
-    if isinstance(config, Int4StreamConfig):
-        return int4_stream_triton(x, weight, bias, norm_weight, eps, gated, residual is not None, out, config)
     chunks = weight.words.shape[1]
     steps = triton.cdiv(chunks, config.num_warps)
     tokens = triton.next_power_of_2(triton.cdiv(m, 8))

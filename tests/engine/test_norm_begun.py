@@ -13,7 +13,6 @@ from fixtures.tiny_models import tiny_model
 from kubeinfer.kernels import fused_linear
 from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.layers.quantization import dense
-from kubeinfer.models import llama
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
@@ -55,7 +54,7 @@ def test_each_product_ends_the_norm_that_the_one_before_began(
         x = x if norm is None else normed(begun, x, norm, eps)
         return fused_linear.gated_linear(x, weight, bias, packed)
 
-    monkeypatch.setattr(llama, "adds_to_residual", lambda hidden: True)
+    monkeypatch.setattr(dense, "adds_to_residual", lambda hidden: True)
     for function in (add_linear_before_norm, norm_linear, gated_linear):
         monkeypatch.setattr(dense, function.__name__, function)
     client = make(path, "cpu", max_num_seqs=8)

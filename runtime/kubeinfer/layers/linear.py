@@ -152,6 +152,10 @@ class RowLinear(Linear):
         out = self.group.buffer(x.shape[0], self.out_features, x.dtype)
         return self.method.apply_into(x, self.bias, out)
 
+    def adds(self, residual: Tensor) -> bool:
+        """Whether `add_to` costs less than a norm that does the addition."""
+        return self.method.adds(residual)
+
     def add_to(self, residual: Tensor, x: Tensor, next_norm: RMSNorm | None = None) -> NormBegun | None:
         """``residual += self(x)`` in place; a group of one rank only. ``next_norm`` of the sum may be begun."""
         if next_norm is not None:

@@ -7,7 +7,6 @@ from itertools import zip_longest
 from torch import Tensor
 
 from kubeinfer.kernels.cpu.decoder import DecoderShape, DecoderStack, LayerWeights, decoder_stack
-from kubeinfer.kernels.fused_linear import adds_to_residual
 from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.layers.attention import SelfAttention, StepContext
 from kubeinfer.layers.mlp import GatedMLP
@@ -34,7 +33,7 @@ class DecoderLayer:
 
     def adds(self, hidden: Tensor, residual: Tensor | None) -> bool:
         """Whether norms and additions ride along with the matrix products, and ``hidden`` is the whole residual stream."""
-        return residual is None and self.group.size == 1 and adds_to_residual(hidden)
+        return residual is None and self.group.size == 1 and self.mlp.down.adds(hidden)
 
     def add_to(
         self, hidden: Tensor, step: StepContext, begun: NormBegun | None, next_norm: RMSNorm | None

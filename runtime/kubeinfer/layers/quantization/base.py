@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.fp8 import RowQuantizer
-from kubeinfer.kernels.linear import PackedWeight
+from kubeinfer.kernels.linear import PackedWeight, few_rows
 from kubeinfer.kernels.norm import NormBegun, rms_norm
 
 if TYPE_CHECKING:
@@ -89,6 +89,10 @@ class LinearMethod(ABC):
         """``silu(gate) * up`` of ``apply(norm(x))``, gates first -> ``[T, N / 2]``."""
         y = self.apply(x, bias) if norm is None else self.after_norm(x, norm, bias)
         return silu_and_mul(y)
+
+    def adds(self, residual: Tensor) -> bool:
+        """Whether `add_to` to such a residual stream costs less than a norm that does the addition."""
+        return few_rows(residual)
 
     def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """``residual += apply(x)`` in place, and returned."""

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kubeinfer.kernels.fused_linear import add_linear, add_linear_before_norm, gated_linear, norm_linear
+from kubeinfer.kernels.fused_linear import (
+    add_linear,
+    add_linear_before_norm,
+    adds_to_residual,
+    gated_linear,
+    norm_linear,
+)
 from kubeinfer.kernels.linear import linear, pack_weight
 from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.layers.parameters import ParameterStore
@@ -60,6 +66,9 @@ class DenseMethod(LinearMethod):
         if norm is None:
             return gated_linear(x, self.weight, bias, self.packed)
         return gated_linear(x, self.weight, bias, self.packed, norm.weight, norm.eps, begun)
+
+    def adds(self, residual: Tensor) -> bool:
+        return adds_to_residual(residual)
 
     def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         return add_linear(residual, x, self.weight, bias, self.packed)

@@ -17,7 +17,7 @@ from kubeinfer.kernels.fused_linear import (
     gated_linear,
     norm_linear,
 )
-from kubeinfer.kernels.linear import few_rows, few_rows_config, linear
+from kubeinfer.kernels.linear import few_rows, few_rows_config, linear, logits, pack_weight
 
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPS = 1e-5
@@ -268,3 +268,20 @@ def test_tuned_tiles_fit_their_kernels() -> None:
             assert entry["block_k"] == 256 * entry["num_warps"], key
             assert entry["block_n"].bit_count() == entry["num_warps"].bit_count() == 1, key
             assert entry["depth"] >= 1, key
+
+
+def test_logits_of_a_cpu_tell_near_words_apart() -> None:
+    """Rounded to bfloat16 the largest would be equal."""
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(3, 64).bfloat16(), (torch.randn(500, 64) * 0.1).bfloat16()
+    weight[7] = weight[8] = (hidden[0].float() * 0.5).bfloat16()
+    weight[8, 0] *= 1.0078125  # the next number
+    packed = pack_weight(weight)
+    got = logits(hidden, weight, packed)
+    exact = hidden.double() @ weight.double().T
+    assert got.dtype == torch.float32
+    assert torch.equal(got.argmax(1), exact.argmax(1))
+    assert got[0, 7] != got[0, 8]
+    for row, want in zip(got, exact, strict=True):
+        largest = want.topk(20).indices
+        torch.testing.assert_close(row[largest].double(), want[largest], rtol=1e-5, atol=1e-5)

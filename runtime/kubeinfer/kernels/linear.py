@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # The most tokens that our GPU kernels take.
 MAX_FEW_ROWS = 64
+_COMPUTED_AGAIN = 64  # of a token's logits
 
 
 @dataclass(slots=True)
@@ -80,10 +81,20 @@ def linear(
 def logits(
     hidden: Tensor, weight: Tensor, packed: PackedWeight | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """``hidden [N, H] @ weight[V, H]^T`` -> ``[N, V]``; in fp32 by our CPU kernel: bfloat16 would make near values equal."""
+    """``hidden [N, H] @ weight[V, H]^T`` -> ``[N, V]``; in fp32 on CPUs, as 16 bits would make near values equal."""
     if packed is not None and out is None:
         return cpu.logits(hidden.contiguous(), packed.data, packed.out_features)
+    if out is None and not hidden.is_cuda and hidden.dtype != torch.float32:
+        return _largest_again(linear(hidden, weight).float(), hidden, weight)
     return linear(hidden, weight, None, packed, out)
+
+
+def _largest_again(found: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """``found``, `logits` that were rounded to 16 bits; those that may be chosen are computed again in fp32."""
+    largest = found.topk(min(_COMPUTED_AGAIN, found.shape[1])).indices
+    for row, ids, x in zip(found, largest, hidden, strict=True):
+        row[ids] = weight[ids].float() @ x.float()
+    return found
 
 
 def _linear_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:

@@ -51,7 +51,7 @@ e2e: $(STAMP)  ## the whole on a real Kubernetes ($$KUBECONFIG, else one from De
 	PYTHON=$(abspath $(BIN)/python) e2e/run
 
 test-gpu:  ## every GPU test; run it on a machine with a GPU, torch and triton
-	PYTHONPATH=runtime:tests$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -c tests/gpu.ini -q -m gpu tests/kernels $(wildcard tests/engine/test_gpu*.py) $(PYTEST_ARGS)
+	PYTHONPATH=runtime:tests$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -c tests/gpu.ini -q -m gpu $(wildcard tests/engine/test_gpu*.py) tests/kernels $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## the CPU benchmark of the README
 	$(BIN)/python benchmarks/cpu.py

@@ -5,7 +5,8 @@
         [--quantization fp8|fp8-block|awq|gptq]
 
 Each model runs in a process of its own. Before the timing of a workload a slice of it is run; of several repetitions, each
-with fresh tokens, all are printed. ``start`` is from the import to an engine that takes requests.
+with fresh tokens, all are printed. ``start`` is from the import to an engine that takes requests. In the end the first
+repetitions are printed as rows of the README's table.
 """
 
 from __future__ import annotations
@@ -98,9 +99,37 @@ def emit(args: argparse.Namespace, **values: Any) -> None:
         }
     )  # fmt: skip
     print(line, flush=True)
-    if args.json:
-        with open(args.json, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    with open(args.json, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read(path: str) -> list[dict[str, Any]]:
+    """The lines of a file that `emit` wrote; none, if it is not there."""
+    file = Path(path)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def rows(lines: list[dict[str, Any]]) -> list[str]:
+    """The README's rows, of the first repetitions."""
+    found = []
+    for line in lines:
+        model = " ".join(str(part) for part in (line["model"], line.get("quantization")) if part)
+        gpus = line["tp"] * line["pp"]
+        model += f" on {gpus} GPUs" if gpus > 1 else ""
+        if line.get("event") == "start":
+            found.append(f"| {model}, engine start | {line['engine']:.1f} s |")
+        elif line.get("rep") == 0:
+            name = line["workload"]
+            if name == "W4":
+                what, value = (
+                    "ms a token; time to first token",
+                    f"{line['tpot_ms']:.3f}; {line['ttft_ms']:.1f} ms",
+                )
+            else:
+                kind = "in" if name == "W3" else "out"
+                what, value = f"{kind}put tok/s", f"{line[f'{kind}_tok_s']:,}"
+            found.append(f"| {model}, {name}, {what} | {value} |")
+    return found
 
 
 def main() -> int:
@@ -123,6 +152,10 @@ def main() -> int:
         run_model(args)
         return 0
     code = 0
+    if args.json is None:
+        folder = tempfile.TemporaryDirectory()
+        args.json = str(Path(folder.name) / "lines.json")
+    before = len(read(args.json))
     for model in args.models.split(","):
         command = [sys.executable, __file__, "--child", "--models", model, "--workloads", args.workloads]
         command += [
@@ -133,10 +166,12 @@ def main() -> int:
             *(["--batch-invariant"] if args.batch_invariant else []),
             "--reps",
             str(args.reps),
-            *(["--json", args.json] if args.json else []),
+            "--json",
+            args.json,
             *(["--quantization", args.quantization] if args.quantization else []),
         ]
         code = subprocess.run(command, check=False).returncode or code
+    print("\n".join(rows(read(args.json)[before:])))
     return code
 
 

@@ -25,6 +25,16 @@ def cut(keys, splits, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def joined(acc, total, m, part, lse):
+    """A running result (its sum, how much that is divided by, in units of 2 to the power ``m``) and another's, normed with its
+    log-sum-exp."""
+    m_new = tl.maximum(m, lse)
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    old, new = tl.exp2(m - shift), tl.exp2(lse - shift)
+    return acc * old[:, None] + part * new[:, None], total * old + new, m_new
+
+
+@triton.jit
 def attend_tiles(
     acc,
     total,

@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.batch_invariance import batch_invariant
-from kubeinfer.kernels.triton_attention_tiles import capped, cut
+from kubeinfer.kernels.triton_attention_tiles import capped, cut, joined
 from kubeinfer.kernels.triton_decode_runs import (
     decode_runs_triton,
     list_tiles,
@@ -103,12 +103,7 @@ def _joined(
         part = tl.load(
             partial_ptr + row[:, None] * D + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg"
         )
-        m_new = tl.maximum(m, lse)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old, new = tl.exp2(m - shift), tl.exp2(lse - shift)
-        total = total * old + new
-        acc = acc * old[:, None] + part * new[:, None]
-        m = m_new
+        acc, total, m = joined(acc, total, m, part, lse)
     return acc / tl.where(total > 0, total, 1.0)[:, None], m + tl.log2(total)
 
 

@@ -53,9 +53,12 @@ def _processor_flags() -> set[str]:
 
 def variants() -> list[str]:
     """The variants that this processor can run, best first, of those that ``KUBEINFER_CPU_KERNELS`` leaves."""
-    chosen = os.environ.get("KUBEINFER_CPU_KERNELS", "1")
+    wanted = os.environ.get("KUBEINFER_CPU_KERNELS", "1")
+    if wanted == "0":
+        return []
     flags = _processor_flags()
-    return [v for v, (_, needed) in _VARIANTS.items() if chosen in ("1", v) and flags >= needed]
+    able = [variant for variant, (_, needed) in _VARIANTS.items() if flags >= needed]
+    return [variant for variant in able if variant == wanted] if wanted in _VARIANTS else able
 
 
 @cache
@@ -64,7 +67,8 @@ def load(variant: str) -> Any:
     paths = sorted(Path(__file__).parent.glob(f"{_VARIANTS[variant][0]}.*so"))
     if not paths:
         logger.warning(
-            "the CPU kernels for %s were not built (no C compiler at install time?): slower ones are used", variant
+            "the CPU kernels for %s were not built (no C compiler at install time?): slower ones are used",
+            variant,
         )
         return None
     try:
@@ -80,7 +84,7 @@ def load(variant: str) -> Any:
 
 @cache
 def library() -> Any:
-    """The best variant's library, or None. ``KUBEINFER_CPU_KERNELS=0`` keeps to torch, ``avx2`` or ``avx512`` to that variant."""
+    """The best variant's library, or None. ``KUBEINFER_CPU_KERNELS=0`` keeps to torch, ``avx2`` to that variant."""
     return next((loaded for loaded in map(load, variants()) if loaded is not None), None)
 
 

@@ -1,11 +1,15 @@
 /* Rows times packed panels: weights become fp32 in registers, inputs in a buffer that both halves of a panel read. */
 enum { TILE = 6, RUN = 512 }; /* rows of a register tile; inputs of a row that are kept as fp32 */
+enum { AHEAD = 2048 };        /* how far before its use a weight is fetched: half panels leave every second cache line to be guessed */
 
 static TARGET void widen_row(const bf16 *x, int64_t n, float *y) {
     int64_t k = 0;
     for (; k + 8 <= n; k += 8) _mm256_storeu_ps(y + k, widen8(x + k));
     for (; k < n; k++) y[k] = bf16_to_float(x[k]);
 }
+
+/* sum += a * w. Left to itself, GCC takes new registers for the sums of a loop and then has too few: it spills. */
+INLINE void accumulate(__m256 *sum, __m256 a, __m256 w) { __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "x"(w)); }
 
 /* c[MR][16] (+)= x[MR, 2 n] and half a panel. Every MR sums over k in the same order, the first of a pair before the second, and
  * sums kept in c between runs are not rounded, so a row's result does not depend on its batch. */
@@ -17,19 +21,21 @@ static TARGET void widen_row(const bf16 *x, int64_t n, float *y) {
             acc[i][1] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(c + i * ldc + 8);                              \
         }                                                                                                            \
         for (int64_t k = 0; k < n; k++) {                                                                            \
+            _mm_prefetch((const char *)(w + k * 64 + AHEAD), _MM_HINT_T0);                                           \
+            _mm_prefetch((const char *)(w + k * 64 + AHEAD + 32), _MM_HINT_T0);                                      \
             __m256i p0 = _mm256_loadu_si256((const __m256i *)(w + k * 64));                                          \
             __m256i p1 = _mm256_loadu_si256((const __m256i *)(w + k * 64 + 16));                                     \
             __m256 w0 = first_of_pairs(p0), w1 = first_of_pairs(p1);                                                 \
             _Pragma("GCC unroll 6") for (int i = 0; i < MR; i++) {                                                   \
                 __m256 a = _mm256_broadcast_ss(x + i * RUN + 2 * k);                                                 \
-                acc[i][0] = _mm256_fmadd_ps(a, w0, acc[i][0]);                                                       \
-                acc[i][1] = _mm256_fmadd_ps(a, w1, acc[i][1]);                                                       \
+                accumulate(&acc[i][0], a, w0);                                                                       \
+                accumulate(&acc[i][1], a, w1);                                                                       \
             }                                                                                                        \
             w0 = second_of_pairs(p0), w1 = second_of_pairs(p1);                                                      \
             _Pragma("GCC unroll 6") for (int i = 0; i < MR; i++) {                                                   \
                 __m256 a = _mm256_broadcast_ss(x + i * RUN + 2 * k + 1);                                             \
-                acc[i][0] = _mm256_fmadd_ps(a, w0, acc[i][0]);                                                       \
-                acc[i][1] = _mm256_fmadd_ps(a, w1, acc[i][1]);                                                       \
+                accumulate(&acc[i][0], a, w0);                                                                       \
+                accumulate(&acc[i][1], a, w1);                                                                       \
             }                                                                                                        \
         }                                                                                                            \
         _Pragma("GCC unroll 6") for (int i = 0; i < MR; i++) {                                                       \

@@ -12,7 +12,7 @@ CODE := runtime operator gateway tests e2e benchmarks examples images charts/gen
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard runtime/kubeinfer/kernels/cpu/*.[ch])
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard runtime/kubeinfer/kernels/cpu/*.c runtime/kubeinfer/kernels/cpu/*.h runtime/kubeinfer/kernels/cpu/*/*.h)
 	@test -x $(BIN)/python || { echo "Making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kubeinfer needs Python 3.11 or later; set PYTHON=python3.11"; exit 1; }
 	@echo "Installing (the first time takes a few minutes)"

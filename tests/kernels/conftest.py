@@ -6,9 +6,12 @@ With ``TRITON_INTERPRET=1`` the kernels run in Triton's interpreter on CPU tenso
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from kubeinfer.kernels.cpu import library as cpu
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -27,3 +30,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         return "cpu"
     return name
+
+
+@pytest.fixture(params=[variant for variant in cpu.variants() if cpu.load(variant) is not None])
+def cpu_variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each variant of the C kernels that runs on this processor, in turn; skipped where there is none."""
+    monkeypatch.setenv("KUBEINFER_CPU_KERNELS", request.param)
+    cpu.library.cache_clear()
+    yield request.param
+    cpu.library.cache_clear()

@@ -1,4 +1,4 @@
-"""Our C kernels against the torch references, on random shapes. Skipped where the processor lacks AVX512-BF16."""
+"""Our C kernels against the torch references, on random shapes. Each variant that this processor can run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from kubeinfer.kernels import activation, attention, linear, norm, rope
 from kubeinfer.kernels.cpu import library as cpu
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the CPU kernels are not there")
+pytestmark = pytest.mark.usefixtures("cpu_variant")
 BF16 = torch.bfloat16
 
 
@@ -122,3 +122,25 @@ def test_logits_keep_what_bfloat16_would_round_away(rows: int) -> None:
     assert got.dtype == torch.float32
     assert error(got, expected) < 1e-6
     assert torch.equal(got[:1], linear.logits(hidden[:1], weight, linear.pack_weight(weight)))
+
+
+AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx2", "fma"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "setting", "expected"),
+    [
+        (AVX512, "1", ["avx512", "avx2"]),
+        (AVX512, "avx2", ["avx2"]),
+        (AVX512, "0", []),
+        (AVX512 - {"avx512_bf16"}, "1", ["avx2"]),
+        (AVX512 - {"avx512_bf16"}, "avx512", []),
+        ({"avx2"}, "1", []),
+    ],
+)
+def test_the_processor_and_the_setting_choose_the_variant(
+    flags: set[str], setting: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_processor_flags", lambda: flags)
+    monkeypatch.setenv("KUBEINFER_CPU_KERNELS", setting)
+    assert cpu.variants() == expected

@@ -1,4 +1,4 @@
-"""A model's layers as one call into the C library against the same model layer by layer. Skipped without the library."""
+"""A model's layers as one call into the C library against the same model layer by layer. Each variant that runs here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fixtures.tiny_models import tiny_model
-from kubeinfer.kernels.cpu import library as cpu
 from kubeinfer.layers.attention import StepContext
 from kubeinfer.layers.parallel import SingleGroup
 from kubeinfer.layers.parameters import ParameterStore
@@ -18,7 +17,7 @@ from kubeinfer.models.registry import model_class
 from kubeinfer.options import EngineOptions
 from kubeinfer.weights.readers import iterate_tensors
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the CPU kernels are not there")
+pytestmark = pytest.mark.usefixtures("cpu_variant")
 BLOCK_SIZE, BLOCKS = 16, 12
 
 

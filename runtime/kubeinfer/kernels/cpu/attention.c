@@ -19,72 +19,7 @@ INLINE void fetch_row(const bf16 *row, int64_t D) {
     for (int64_t d = 0; d < D; d += 32) _mm_prefetch((const char *)(row + d), _MM_HINT_T0);
 }
 
-/* The sums of sixteen vectors, by a tree of pairs: four times fewer shuffles than sixteen separate sums. */
-INLINE __m512 sums16(__m512 v[16]) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
-        v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88), _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
-}
-
-/* The products of a query with sixteen keys. */
-INLINE __m512 dot16(const bf16 *query, const bf16 *const *keys, int64_t D) {
-    __m512 acc[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
-    int64_t d = 0;
-    for (; d + 32 <= D; d += 32) {
-        __m512bh q = (__m512bh)_mm512_loadu_si512(query + d);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbf16_ps(acc[i], q, (__m512bh)_mm512_loadu_si512(keys[i] + d));
-    }
-    if (d < D) {
-        __mmask32 m = (__mmask32)((1ull << (D - d)) - 1);
-        __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(m, query + d);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbf16_ps(acc[i], q, (__m512bh)_mm512_maskz_loadu_epi16(m, keys[i] + d));
-    }
-    return sums16(acc);
-}
-
-/* o[HEADS][D] += s[HEADS][n] values[n][D]: rows of s DECODE_KEYS apart, of o MAX_DIM */
-#define DEFINE_WEIGH(HEADS)                                                                                          \
-    static TARGET void weigh_##HEADS(const float *s, const bf16 *const *keys, int64_t v_offset, int64_t n, int64_t D, \
-                                     float *o) {                                                                     \
-        for (int64_t d = 0; d < D; d += 32) {                                                                        \
-            uint64_t inside = D - d >= 32 ? 0xffffffffu : (1ull << (D - d)) - 1;                                     \
-            __mmask16 m0 = (__mmask16)inside, m1 = (__mmask16)(inside >> 16);                                        \
-            __m512 acc[HEADS][2];                                                                                    \
-            _Pragma("GCC unroll 4") for (int i = 0; i < HEADS; i++) {                                                \
-                acc[i][0] = _mm512_maskz_loadu_ps(m0, o + i * MAX_DIM + d);                                          \
-                acc[i][1] = _mm512_maskz_loadu_ps(m1, o + i * MAX_DIM + d + 16);                                     \
-            }                                                                                                        \
-            for (int64_t j = 0; j < n; j++) {                                                                        \
-                const bf16 *value = keys[j] + v_offset + d;                                                          \
-                __m512 v0 = load_bf16_tail(value, m0), v1 = load_bf16_tail(value + 16, m1);                          \
-                _Pragma("GCC unroll 4") for (int i = 0; i < HEADS; i++) {                                            \
-                    __m512 p = _mm512_set1_ps(s[i * DECODE_KEYS + j]);                                               \
-                    acc[i][0] = _mm512_fmadd_ps(p, v0, acc[i][0]);                                                   \
-                    acc[i][1] = _mm512_fmadd_ps(p, v1, acc[i][1]);                                                   \
-                }                                                                                                    \
-            }                                                                                                        \
-            _Pragma("GCC unroll 4") for (int i = 0; i < HEADS; i++) {                                                \
-                _mm512_mask_storeu_ps(o + i * MAX_DIM + d, m0, acc[i][0]);                                           \
-                _mm512_mask_storeu_ps(o + i * MAX_DIM + d + 16, m1, acc[i][1]);                                      \
-            }                                                                                                        \
-        }                                                                                                            \
-    }
-DEFINE_WEIGH(1) DEFINE_WEIGH(2) DEFINE_WEIGH(3) DEFINE_WEIGH(4)
-typedef void (*weigh_fn)(const float *, const bf16 *const *, int64_t, int64_t, int64_t, float *);
-static const weigh_fn WEIGH[5] = {0, weigh_1, weigh_2, weigh_3, weigh_4};
+#include "keys.h" /* dot16, WEIGH, ZIP_ROWS */
 
 /* One query token: all heads of one KV head, online softmax over runs of keys. */
 static TARGET void decode_one(const attention_args *a, int64_t token, int64_t seq, int64_t head, int64_t g0, int64_t G, int64_t len) {
@@ -93,7 +28,7 @@ static TARGET void decode_one(const attention_args *a, int64_t token, int64_t se
     float o[MAX_GROUP][MAX_DIM], best[MAX_GROUP], total[MAX_GROUP], s[MAX_GROUP][DECODE_KEYS];
     for (int64_t g = 0; g < G; g++) { best[g] = -INFINITY; total[g] = 0; memset(o[g], 0, (size_t)D * 4); }
     int64_t start = a->window > 0 && len > a->window ? len - a->window : 0;
-    __m512 scale = _mm512_set1_ps(a->scale);
+    vec scale = splat(a->scale);
     for (int64_t j0 = start; j0 < len; j0 += DECODE_KEYS) {
         int64_t n = len - j0 < DECODE_KEYS ? len - j0 : DECODE_KEYS;
         const bf16 *keys[DECODE_KEYS];
@@ -107,22 +42,22 @@ static TARGET void decode_one(const attention_args *a, int64_t token, int64_t se
             }
             for (int64_t g = 0; g < G; g++) {
                 const bf16 *query = a->q + token * a->ldq + (first_head + g) * D;
-                _mm512_storeu_ps(&s[g][j], _mm512_mul_ps(dot16(query, keys + j, D), scale));
+                store(&s[g][j], mul(dot16(query, keys + j, D), scale));
             }
         }
         for (int64_t g = 0; g < G; g++) {
-            __m512 tops = _mm512_set1_ps(best[g]);
-            for (int64_t j = 0; j < n; j += 16) tops = _mm512_max_ps(tops, _mm512_loadu_ps(&s[g][j]));
-            float top = _mm512_reduce_max_ps(tops);
+            vec tops = splat(best[g]);
+            for (int64_t j = 0; j < n; j += 16) tops = max(tops, load(&s[g][j]));
+            float top = max_of(tops);
             float shrink = expf(best[g] - top);
-            __m512 sum = _mm512_setzero_ps(), vtop = _mm512_set1_ps(top);
+            vec sum = zeros(), vtop = splat(top);
             for (int64_t j = 0; j < n; j += 16) {
-                __mmask16 m = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
-                __m512 e = _mm512_maskz_mov_ps(m, vexp(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, &s[g][j]), vtop)));
-                _mm512_storeu_ps(&s[g][j], e);
-                sum = _mm512_add_ps(sum, e);
+                lanes m = FIRST_LANES(n - j);
+                vec e = keep(m, vexp(sub(load_tail(&s[g][j], m), vtop)));
+                store(&s[g][j], e);
+                sum = add(sum, e);
             }
-            total[g] = total[g] * shrink + _mm512_reduce_add_ps(sum);
+            total[g] = total[g] * shrink + sum_of(sum);
             best[g] = top;
             if (shrink != 1.0f)
                 for (int64_t d = 0; d < D; d++) o[g][d] *= shrink;
@@ -131,10 +66,10 @@ static TARGET void decode_one(const attention_args *a, int64_t token, int64_t se
     }
     for (int64_t g = 0; g < G; g++) {
         bf16 *to = a->out + (token * a->Hq + first_head + g) * D;
-        __m512 inv = _mm512_set1_ps(total[g] > 0 ? 1.0f / total[g] : 0.0f);
+        vec inv = splat(total[g] > 0 ? 1.0f / total[g] : 0.0f);
         for (int64_t d = 0; d < D; d += 16) {
-            __mmask16 m = D - d >= 16 ? 0xffff : (__mmask16)((1u << (D - d)) - 1);
-            store_bf16_tail(to + d, _mm512_mul_ps(_mm512_maskz_loadu_ps(m, &o[g][d]), inv), m);
+            lanes m = FIRST_LANES(D - d);
+            store_bf16_tail(to + d, mul(load_tail(&o[g][d], m), inv), m);
         }
     }
 }
@@ -161,9 +96,7 @@ static TARGET void prefill_tile(const attention_args *a, tile_space *w, int64_t 
         memcpy(w->q + i * G * D, a->q + (token + i) * a->ldq + head * G * D, (size_t)(G * D) * sizeof(bf16));
     for (int64_t r = 0; r < rows; r++) { w->best[r] = -INFINITY; w->total[r] = 0; }
     memset(w->o, 0, (size_t)(rows * D) * 4);
-    uint16_t order[64];
-    for (int i = 0; i < 64; i++) order[i] = (uint16_t)(i / 2 + 32 * (i % 2)); /* a pair of keys side by side */
-    __m512i first_half = _mm512_loadu_si512(order), second_half = _mm512_loadu_si512(order + 32);
+    ZIP_ORDER
     int64_t len = pos0 + n, start = a->window > 0 && pos0 + 1 > a->window ? pos0 + 1 - a->window : 0;
     for (int64_t j0 = start; j0 < len; j0 += KEYS) {
         int64_t keys = len - j0 < KEYS ? len - j0 : KEYS;
@@ -182,12 +115,10 @@ static TARGET void prefill_tile(const attention_args *a, tile_space *w, int64_t 
         for (int64_t j = 0; j < KEYS; j += 2) {
             for (int64_t p = 0; p < d_panels; p++) {
                 int64_t d = p * PANEL;
-                __mmask32 m = D - d >= PANEL ? 0xffffffffu : (__mmask32)((1ull << (D - d)) - 1);
-                __m512i v0 = _mm512_maskz_loadu_epi16(j < keys ? m : 0, rows_of[j < keys ? j : 0] + v_offset + d);
-                __m512i v1 = _mm512_maskz_loadu_epi16(j + 1 < keys ? m : 0, rows_of[j + 1 < keys ? j + 1 : 0] + v_offset + d);
-                bf16 *to = w->vp + p * KEYS * PANEL + (j / 2) * 64;
-                _mm512_storeu_si512(to, _mm512_permutex2var_epi16(v0, first_half, v1));
-                _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(v0, second_half, v1));
+                uint32_t m = D - d >= PANEL ? 0xffffffffu : (uint32_t)((1ull << (D - d)) - 1);
+                row32 v0 = LOAD_ROW(rows_of[j < keys ? j : 0] + v_offset + d, j < keys ? m : 0);
+                row32 v1 = LOAD_ROW(rows_of[j + 1 < keys ? j + 1 : 0] + v_offset + d, j + 1 < keys ? m : 0);
+                ZIP_ROWS(v0, v1, w->vp + p * KEYS * PANEL + (j / 2) * 64);
             }
         }
         for (int64_t p = 0; p < KEYS / PANEL; p++)
@@ -199,26 +130,26 @@ static TARGET void prefill_tile(const attention_args *a, tile_space *w, int64_t 
             if (high > keys) high = keys;
             float *s = w->s + r * KEYS;
             bf16 *p = w->p + r * KEYS;
-            __m512 x[4], top = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a->scale);
+            vec x[4], top = splat(-INFINITY), scale = splat(a->scale);
             uint64_t visible = high <= low ? 0 : ((high >= 64 ? ~0ull : (1ull << high) - 1) & ~((1ull << low) - 1));
             for (int i = 0; i < 4; i++) {
-                __mmask16 m = (__mmask16)(visible >> (16 * i));
-                x[i] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), m, _mm512_loadu_ps(s + 16 * i), scale);
-                top = _mm512_max_ps(top, x[i]);
+                lanes m = (lanes)(visible >> (16 * i));
+                x[i] = mul_where(splat(-INFINITY), m, load(s + 16 * i), scale);
+                top = max(top, x[i]);
             }
-            float row_top = _mm512_reduce_max_ps(top), new_top = row_top > w->best[r] ? row_top : w->best[r];
+            float row_top = max_of(top), new_top = row_top > w->best[r] ? row_top : w->best[r];
             if (new_top == -INFINITY) {
                 memset(p, 0, KEYS * sizeof(bf16));
                 continue;
             }
             float shrink = expf(w->best[r] - new_top);
-            __m512 sum = _mm512_setzero_ps(), vtop = _mm512_set1_ps(new_top);
+            vec sum = zeros(), vtop = splat(new_top);
             for (int i = 0; i < 4; i++) {
-                __m512 e = _mm512_maskz_mov_ps((__mmask16)(visible >> (16 * i)), vexp(_mm512_sub_ps(x[i], vtop)));
-                sum = _mm512_add_ps(sum, e);
+                vec e = keep((lanes)(visible >> (16 * i)), vexp(sub(x[i], vtop)));
+                sum = add(sum, e);
                 store_bf16(p + 16 * i, e);
             }
-            w->total[r] = w->total[r] * shrink + _mm512_reduce_add_ps(sum);
+            w->total[r] = w->total[r] * shrink + sum_of(sum);
             w->best[r] = new_top;
             if (shrink != 1.0f)
                 for (int64_t d = 0; d < D; d++) w->o[r * D + d] *= shrink;

@@ -1,7 +1,8 @@
 """Our CPU kernels in C, if they were built and this processor has the instructions they need.
 
-The C files here are compiled when the package is installed. They share torch's thread pool: their OpenMP symbols bind to the
-runtime that torch has loaded. Without the library, or on a processor without AVX512-BF16, every operation is torch's.
+The C files here are compiled when the package is installed, once for AVX512-BF16 and once for AVX2; the processor's flags choose
+between the two. They share torch's thread pool: their OpenMP symbols bind to the runtime that torch has loaded. Without a library,
+or on a processor with neither, every operation is torch's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ki_decoder_scratch": (_I, [_P, _I]),
     "ki_decoder": (ctypes.c_int, [_P, _P, _P, _P, _P, _P]),
 }
-_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"}
+# The variants, best first: the library's name and the processor flags it needs.
+_VARIANTS = {
+    "avx512": ("_kernels", {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"}),
+    "avx2": ("_kernels_avx2", {"avx2", "fma"}),
+}
 PANEL = 32  # outputs of a packed panel
 MAX_HEAD_DIM = 256
 
@@ -46,26 +51,41 @@ def _processor_flags() -> set[str]:
     return set()
 
 
+def variants() -> list[str]:
+    """The variants that this processor can run, best first, of those that ``KUBEINFER_CPU_KERNELS`` leaves."""
+    wanted = os.environ.get("KUBEINFER_CPU_KERNELS", "1")
+    if wanted == "0":
+        return []
+    flags = _processor_flags()
+    able = [variant for variant, (_, needed) in _VARIANTS.items() if flags >= needed]
+    return [variant for variant in able if variant == wanted] if wanted in _VARIANTS else able
+
+
 @cache
-def library() -> Any:
-    """The loaded library, or None. ``KUBEINFER_CPU_KERNELS=0`` keeps to torch."""
-    if os.environ.get("KUBEINFER_CPU_KERNELS", "1") == "0" or not _processor_flags() >= _FLAGS:
-        return None
-    paths = sorted(Path(__file__).parent.glob("_kernels*.so"))
+def load(variant: str) -> Any:
+    """A variant's library, or None with a warning that says why."""
+    paths = sorted(Path(__file__).parent.glob(f"{_VARIANTS[variant][0]}.*so"))
     if not paths:
         logger.warning(
-            "the CPU kernels were not built (no C compiler at install time?): torch's slower ones are used"
+            "the CPU kernels for %s were not built (no C compiler at install time?): slower ones are used",
+            variant,
         )
         return None
     try:
         loaded = ctypes.CDLL(str(paths[0]))
     except OSError as exc:
-        logger.warning("the CPU kernels cannot be loaded (%s): torch's slower ones are used", exc)
+        logger.warning("the CPU kernels for %s cannot be loaded (%s): slower ones are used", variant, exc)
         return None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
     return loaded
+
+
+@cache
+def library() -> Any:
+    """The best variant's library, or None. ``KUBEINFER_CPU_KERNELS=0`` keeps to torch, ``avx2`` to that variant."""
+    return next((loaded for loaded in map(load, variants()) if loaded is not None), None)
 
 
 def usable(*tensors: Tensor | None) -> bool:

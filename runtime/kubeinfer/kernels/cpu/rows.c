@@ -7,23 +7,23 @@ TARGET void rms_norm_part(const team *team, const bf16 *x, int64_t ldx, bf16 *r,
     for (team_rows(team, T, &t, &end); t < end; t++) {
         const bf16 *row = x + t * ldx;
         bf16 *res = r ? r + t * H : NULL, *out = y + t * H;
-        __m512 sum = _mm512_setzero_ps();
+        vec sum = zeros();
         for (int64_t h = 0; h < H; h += 16) {
-            __mmask16 m = H - h >= 16 ? 0xffff : (__mmask16)((1u << (H - h)) - 1);
-            __m512 v = load_bf16_tail(row + h, m);
+            lanes m = FIRST_LANES(H - h);
+            vec v = load_bf16_tail(row + h, m);
             if (res) {
-                v = _mm512_add_ps(v, load_bf16_tail(res + h, m));
+                v = add(v, load_bf16_tail(res + h, m));
                 store_bf16_tail(res + h, v, m);
                 v = load_bf16_tail(res + h, m);
             }
-            sum = _mm512_fmadd_ps(v, v, sum);
+            sum = fmadd(v, v, sum);
         }
-        __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)H + eps));
+        vec scale = splat(1.0f / sqrtf(sum_of(sum) / (float)H + eps));
         const bf16 *src = res ? res : row;
         for (int64_t h = 0; h < H; h += 16) {
-            __mmask16 m = H - h >= 16 ? 0xffff : (__mmask16)((1u << (H - h)) - 1);
-            __m512 v = _mm512_mul_ps(load_bf16_tail(src + h, m), scale);
-            store_bf16_tail(out + h, _mm512_mul_ps(v, load_bf16_tail(w + h, m)), m);
+            lanes m = FIRST_LANES(H - h);
+            vec v = mul(load_bf16_tail(src + h, m), scale);
+            store_bf16_tail(out + h, mul(v, load_bf16_tail(w + h, m)), m);
         }
     }
 }
@@ -33,8 +33,8 @@ TARGET void silu_and_mul_part(const team *team, const bf16 *x, bf16 *y, int64_t 
     for (team_rows(team, T, &t, &end); t < end; t++) {
         const bf16 *gate = x + t * 2 * I, *up = gate + I;
         for (int64_t i = 0; i < I; i += 16) {
-            __mmask16 m = I - i >= 16 ? 0xffff : (__mmask16)((1u << (I - i)) - 1);
-            store_bf16_tail(y + t * I + i, _mm512_mul_ps(silu(load_bf16_tail(gate + i, m)), load_bf16_tail(up + i, m)), m);
+            lanes m = FIRST_LANES(I - i);
+            store_bf16_tail(y + t * I + i, mul(silu(load_bf16_tail(gate + i, m)), load_bf16_tail(up + i, m)), m);
         }
     }
 }
@@ -50,11 +50,11 @@ static TARGET void rotate_head(const bf16 *x, bf16 *y, const float *cs, int64_t 
     int64_t half = R / 2;
     const float *cosine = cs, *sine = cs + half;
     for (int64_t d = 0; d < half; d += 16) {
-        __mmask16 m = half - d >= 16 ? 0xffff : (__mmask16)((1u << (half - d)) - 1);
-        __m512 a = load_bf16_tail(x + d, m), b = load_bf16_tail(x + half + d, m);
-        __m512 c = _mm512_maskz_loadu_ps(m, cosine + d), s = _mm512_maskz_loadu_ps(m, sine + d);
-        store_bf16_tail(y + d, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), m);
-        store_bf16_tail(y + half + d, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), m);
+        lanes m = FIRST_LANES(half - d);
+        vec a = load_bf16_tail(x + d, m), b = load_bf16_tail(x + half + d, m);
+        vec c = load_tail(cosine + d, m), s = load_tail(sine + d, m);
+        store_bf16_tail(y + d, fmsub(a, c, mul(b, s)), m);
+        store_bf16_tail(y + half + d, fmadd(b, c, mul(a, s)), m);
     }
     if (y != x && R < D) memcpy(y + R, x + R, (size_t)(D - R) * sizeof(bf16));
 }
@@ -86,16 +86,16 @@ TARGET void ki_argmax(const float *x, int64_t ld, int64_t B, int64_t V, int64_t 
 #pragma omp parallel for schedule(static)
     for (int64_t b = 0; b < B; b++) {
         const float *row = x + b * ld;
-        __m512 top = _mm512_set1_ps(-INFINITY);
+        vec top = splat(-INFINITY);
         for (int64_t v = 0; v < V; v += 16) {
-            __mmask16 m = V - v >= 16 ? 0xffff : (__mmask16)((1u << (V - v)) - 1);
-            top = _mm512_mask_max_ps(top, m, top, _mm512_maskz_loadu_ps(m, row + v));
+            lanes m = FIRST_LANES(V - v);
+            top = max_where(top, m, top, load_tail(row + v, m));
         }
-        float best = _mm512_reduce_max_ps(top);
+        float best = max_of(top);
         out[b] = 0;
         for (int64_t v = 0; v < V; v += 16) {
-            __mmask16 m = V - v >= 16 ? 0xffff : (__mmask16)((1u << (V - v)) - 1);
-            __mmask16 hit = _mm512_mask_cmp_ps_mask(m, _mm512_maskz_loadu_ps(m, row + v), _mm512_set1_ps(best), _CMP_EQ_OQ);
+            lanes m = FIRST_LANES(V - v);
+            lanes hit = equal(m, load_tail(row + v, m), splat(best));
             if (hit) { out[b] = v + __builtin_ctz(hit); break; }
         }
     }

@@ -3,10 +3,9 @@
 
     PYTHONPATH=runtime python3 benchmarks/gpu_gated.py [--models 7B,32B/2] [--tokens 1024,8192] [--out gated.json]
 
-Each candidate is checked, then timed in turns of a third of a second without a pause: such products draw the power that a GPU
-is allowed, its clock sinks, and what is fast in a short burst need not be. cuBLAS has the first turn and the last. Of many tokens
-an entry is kept if one configuration saves time at every timed number; 1,152 are the worst for the 7B shape, as the last wave of
-tiles is nearly empty. Of fewer than that each number has an entry of its own, if it saves 2%.
+Each candidate is checked, then all are timed in turns of a tenth of a second without a pause, several rounds of them: such products
+draw the power that a GPU is allowed, its clock rises and sinks by a tenth from turn to turn, and what is fast in a short burst need
+not be. The medians count. Of many tokens an entry is kept if our product saves time at every timed number, of fewer if it saves 2%.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,10 +25,10 @@ from torch import Tensor
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.compile_ahead import compile_launches, noted_launches
 from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS
+from kubeinfer.kernels.gluon_gated_matmul import gated_matmul_gluon
 from kubeinfer.kernels.linear import linear
-from kubeinfer.kernels.triton_gated_matmul import GatedMatmulConfig, gated_matmul_triton
 
-FEWER_TOKENS = (192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960)
+FEWER_TOKENS = (256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960)
 TOKENS = (*FEWER_TOKENS, 1024, 1152, 2048, 4096, 8192, 16384)
 # gated outputs and inputs
 SHAPES = {
@@ -40,75 +39,42 @@ SHAPES = {
     "Llama-8B": (14336, 4096),
     "Qwen3-8B": (12288, 4096),
 }
+GROUPS = (8, 16)  # rows of tiles that share weights in the L2 cache
+_ROUNDS = 5
 _TURNS_BYTES = 384 << 20
 _LEAST_SAVED = 0.01
 _LEAST_SAVED_OF_FEWER = 0.02
 _MOST_ERROR = 4e-3
 
 
-def candidates(m: int) -> list[GatedMatmulConfig]:
-    first = GatedMatmulConfig(128, 128, 64, 8, 4, 8)
-    if m < MIN_MANY_ROWS:
-        return [
-            first,
-            replace(first, joint=True),
-            GatedMatmulConfig(128, 64, 64, 4, 3, 8, joint=True, per_processor=2),
-        ]
-    return [
-        first,
-        *(replace(first, joint=True, group=group) for group in (8, 4, 16, 32)),
-        *(replace(first, joint=True, group=group, serpentine=True) for group in (8, 16)),
-        *(GatedMatmulConfig(128, 64, 64, 4, 3, group, joint=True, per_processor=2) for group in (8, 16)),
-    ]
-
-
-def as_run(config: GatedMatmulConfig, m: int) -> GatedMatmulConfig:
-    """What ``config`` comes to: with few rows of tiles some candidates are the same."""
-    rows = -(-m // config.block_m)
-    return replace(
-        config, group=min(config.group, rows), serpentine=config.serpentine and rows > config.group
-    )
-
-
-def short(config: GatedMatmulConfig) -> str:
-    size = f"{config.block_m}x{config.block_n}" if config.per_processor > 1 else ""
-    return (
-        f"{size}g{config.group}{' serpentine' if config.serpentine else ''}{' joint' if config.joint else ''}"
-    )
-
-
 def random(*shape: int, scale: float = 1.0) -> Tensor:
     return torch.empty(*shape, device="cuda", dtype=torch.bfloat16).normal_(0, scale)
 
 
-def compile_all(n: int, k: int, configs: list[GatedMatmulConfig]) -> None:
+def compile_all(n: int, k: int) -> None:
     x, weight, out = random(256, k), random(2 * n, k), random(256, n)
     with noted_launches() as launches:
-        for config in configs:
-            gated_matmul_triton(x, weight, None, out, config)
+        for group in GROUPS:
+            gated_matmul_gluon(x, weight, None, out, group)
     major, minor = torch.cuda.get_device_capability()
     compile_launches(launches, min(8, os.cpu_count() or 1), 10 * major + minor)
 
 
-def wrong(n: int, k: int, config: GatedMatmulConfig) -> str | None:
-    """Run ``config`` on numbers of tokens that fit no tile; what is wrong with it."""
+def check(n: int, k: int, group: int) -> None:
+    """Run our product on numbers of tokens that fit no tile, and of which a last wave is cut; raise if it is wrong."""
     weight = random(2 * n, k, scale=k**-0.5)
-    for m in (77, 1024 + 300):
-        x, out = random(m, k), random(m, n)
-        try:
-            gated_matmul_triton(x, weight, None, out, config)
-            gate, up = (x.float() @ weight.float().t()).chunk(2, 1)
-        except Exception as exc:  # reported: one bad candidate must not end the run
-            return f"{type(exc).__name__} {exc}"[:200]
+    for m in (77, 300, 512, 1024 + 300):
+        x, out = random(m, k), torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
+        gated_matmul_gluon(x, weight, None, out, group)
+        gate, up = (x.float() @ weight.float().t()).chunk(2, 1)
         exact = F.silu(gate) * up
         error = float((out.float() - exact).norm() / exact.norm())
         if not error < _MOST_ERROR:
-            return f"relative error {error:.2e} of {m} tokens"
-    return None
+            raise RuntimeError(f"{n}x{k} of {m} tokens, group {group}: relative error {error:.2e}")
 
 
-def microseconds(run: Callable[[Tensor], object], weights: list[Tensor], seconds: float) -> float:
-    """Mean time of a call in ``seconds`` of replays, one after the other, of a graph of one call a weight."""
+def replays(run: Callable[[Tensor], object], weights: list[Tensor], seconds: float) -> Callable[[], float]:
+    """A turn of ``seconds``: replays, one after the other, of a graph of one call a weight; it gives microseconds a call."""
     run(weights[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -116,81 +82,69 @@ def microseconds(run: Callable[[Tensor], object], weights: list[Tensor], seconds
         for weight in weights:
             run(weight)
 
-    def replays(count: int) -> float:
+    def turn(count: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(count):
             graph.replay()
         end.record()
         end.synchronize()
-        return float(begin.elapsed_time(end)) * 1e3
+        return float(begin.elapsed_time(end)) * 1e3 / count
 
-    count = max(2, int(seconds * 1e6 / replays(2) * 2))
-    return replays(count) / count / len(weights)
-
-
-def right_ones(name: str, configs: list[GatedMatmulConfig]) -> list[GatedMatmulConfig]:
-    """Those of ``configs`` that compute what they should for a shape; what is wrong with the others is printed."""
-    n, k = SHAPES[name]
-    compile_all(n, k, configs)
-    right = []
-    for config in configs:
-        found = wrong(n, k, config)
-        if found is None:
-            right.append(config)
-        else:
-            print(f"{name} {short(config)}: {found}", flush=True)
-    return right
+    count = max(2, int(seconds * 1e6 / turn(2)))
+    return lambda: turn(count) / len(weights)
 
 
-def time_shape(name: str, tokens: list[int], seconds: float) -> dict[str, GatedMatmulConfig]:
+def time_tokens(name: str, m: int, weights: list[Tensor], seconds: float) -> dict[int, float]:
+    """What each of GROUPS saves of cuBLAS's and the activation's time for ``m`` tokens: a share of it."""
+    n, k = weights[0].shape[0] // 2, weights[0].shape[1]
+    x, both, out = random(m, k), random(m, 2 * n), random(m, n)
+    turns = {0: replays(lambda w: silu_and_mul(linear(x, w, None, None, both), out), weights, seconds)}
+    for group in (
+        GROUPS if m > 128 * GROUPS[0] else GROUPS[-1:]
+    ):  # fewer rows of tiles are one group of either
+        turns[group] = replays(
+            lambda w, group=group: gated_matmul_gluon(x, w, None, out, group), weights, seconds
+        )
+    found: dict[int, list[float]] = {key: [] for key in turns}
+    for _ in range(_ROUNDS):
+        for key, turn in turns.items():
+            found[key].append(turn())
+    medians = {key: statistics.median(times) for key, times in found.items()}
+    flops = 4e-6 * m * n * k
+    print(
+        f"{name:8} {n}x{k} m{m:<6}"
+        + "".join(
+            f"  {f'group {key}' if key else 'cuBLAS'} {t:7.1f} us ({min(found[key]):.1f} to {max(found[key]):.1f};"
+            f" {flops / t:.0f} TFLOP/s; {1 - t / medians[0]:+.1%})"
+            for key, t in medians.items()
+        ),
+        flush=True,
+    )
+    return {group: 1 - medians.get(group, medians[GROUPS[-1]]) / medians[0] for group in GROUPS}
+
+
+def time_shape(name: str, tokens: list[int], seconds: float) -> dict[str, dict[str, int]]:
     """Print the times of a shape; the table's entries for it."""
     n, k = SHAPES[name]
-    right = right_ones(name, list(dict.fromkeys(c for m in tokens for c in candidates(m))))
+    compile_all(n, k)
+    for group in GROUPS:
+        check(n, k, group)
     torch.cuda.empty_cache()
     weights = [random(2 * n, k, scale=k**-0.5) for _ in range(max(2, min(24, _TURNS_BYTES // (4 * n * k))))]
-    many = [config for config in right if config in candidates(MIN_MANY_ROWS)]
-    saved: dict[GatedMatmulConfig, list[float]] = {config: [] for config in many}
-    entries: dict[str, GatedMatmulConfig] = {}
-    for m in tokens:
-        x, both, out = random(m, k), random(m, 2 * n), random(m, n)
-
-        def parts(weight: Tensor, x: Tensor = x, both: Tensor = both, out: Tensor = out) -> None:
-            silu_and_mul(linear(x, weight, None, None, both), out)
-
-        def ours(config: GatedMatmulConfig, x: Tensor = x, out: Tensor = out) -> Callable[[Tensor], object]:
-            return lambda weight: gated_matmul_triton(x, weight, None, out, config)
-
-        first = microseconds(parts, weights, seconds)
-        times: dict[GatedMatmulConfig, float] = {}
-        for config in right:
-            if config in candidates(m) and as_run(config, m) not in times:
-                times[as_run(config, m)] = microseconds(ours(config), weights, seconds)
-        last = microseconds(parts, weights, seconds)
-        base = (first + last) / 2
-        flops = 4e-6 * m * n * k
-        print(
-            f"{name:8} {n}x{k} m{m:<6} cuBLAS {first:7.1f} {last:7.1f} us ({flops / base:.0f} TFLOP/s)  "
-            + "  ".join(
-                f"{short(c)} {t:.1f} ({flops / t:.0f}, {1 - t / base:+.1%})" for c, t in times.items()
-            ),
-            flush=True,
-        )
-        if m >= MIN_MANY_ROWS:
-            for config in many:
-                saved[config].append(1 - times[as_run(config, m)] / base)
-        else:
-            config = min(times, key=lambda c: times[c])
-            if times[config] < (1 - _LEAST_SAVED_OF_FEWER) * base:
-                entries[f"gated_matmul/{n}x{k}/m{m}"] = config
-        del both
-    winners = [(sum(parts), config) for config, parts in saved.items() if min(parts, default=0) > 0]
-    if winners:
-        total, config = max(winners, key=lambda winner: winner[0])
-        mean = total / len(saved[config])
-        print(f"{name:8} best: {short(config)}, {mean:.1%} saved", flush=True)
-        if mean >= _LEAST_SAVED:
-            entries[f"gated_matmul/{n}x{k}"] = config
+    saved = {m: time_tokens(name, m, weights, seconds) for m in tokens}
+    entries = {
+        f"gated_matmul/{n}x{k}/m{m}": {"group": GROUPS[-1]}
+        for m in tokens
+        if m < MIN_MANY_ROWS and saved[m][GROUPS[-1]] >= _LEAST_SAVED_OF_FEWER
+    }
+    many = [saved[m] for m in tokens if m >= MIN_MANY_ROWS]
+    if many:
+        group = max(GROUPS, key=lambda g: sum(found[g] for found in many))
+        mean = sum(found[group] for found in many) / len(many)
+        print(f"{name:8} best: group {group}, {mean:.1%} saved", flush=True)
+        if mean >= _LEAST_SAVED and min(found[group] for found in many) > 0:
+            entries[f"gated_matmul/{n}x{k}"] = {"group": group}
     return entries
 
 
@@ -200,14 +154,14 @@ def main() -> None:
     )
     parser.add_argument("--models", default="7B,32B/2", help=f"of: {', '.join(SHAPES)}")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--seconds", type=float, default=0.3, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of a turn")
     parser.add_argument("--out", type=Path, help="where the entries for the tuned table go")
     options = parser.parse_args()
     tokens = [int(t) for t in options.tokens.split(",")]
     table = {}
     began = time.perf_counter()
     for name in options.models.split(","):
-        table |= {key: asdict(config) for key, config in time_shape(name, tokens, options.seconds).items()}
+        table |= time_shape(name, tokens, options.seconds)
         torch.cuda.empty_cache()
         print(f"{time.perf_counter() - began:.0f} s", flush=True)
     for key, entry in table.items():

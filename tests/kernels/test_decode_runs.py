@@ -26,7 +26,16 @@ CASES: list[tuple[list[int], int, int, int]] = [
 class Rows:
     """Rows of one query token over a cache of scattered blocks, whose other blocks and keys are NaN."""
 
-    def __init__(self, lens: list[int], hq: int, hk: int, dim: int, device: str, block_size: int = 16):
+    def __init__(
+        self,
+        lens: list[int],
+        hq: int,
+        hk: int,
+        dim: int,
+        device: str,
+        block_size: int = 16,
+        soft_cap: float = 0.0,
+    ):
         blocks = [-(-n // block_size) for n in lens]
         self.cache = torch.full((2, sum(blocks) + 1, hk, block_size, dim), float("nan")).half()
         self.table = torch.zeros(len(lens), max(1, *blocks) + 8, dtype=torch.int32)
@@ -41,7 +50,7 @@ class Rows:
         self.q = torch.randn(len(lens), hq, dim).half()
         start = torch.arange(len(lens) + 1, dtype=torch.int32)
         self.want = torch.empty(self.q.shape)
-        self.soft_cap = 0.0 if sum(lens) % 2 else 5.0
+        self.soft_cap = soft_cap
         paged_attention_reference(
             self.q.float(), self.cache.float(), start, self.lens, self.table, self.want, scale=dim**-0.5,
             soft_cap=self.soft_cap,
@@ -50,9 +59,18 @@ class Rows:
             t.to(device) for t in (self.cache, self.table, self.lens, self.q)
         )
 
-    def attend(self) -> tuple[Tensor, Tensor]:
+    def attend(self, streams: bool = False) -> tuple[Tensor, Tensor]:
         """The result, and the counters after it."""
         from kubeinfer.kernels import triton_decode_runs as kernel
+
+        def launch() -> None:
+            args = (self.q, self.cache, self.lens, self.table, out, units, dim**-0.5 * LOG2E, 1.0)
+            if streams:
+                from kubeinfer.kernels.gluon_decode_streams import decode_streams_gluon
+
+                decode_streams_gluon(*args, workspace)
+            else:
+                kernel.decode_runs_triton(*args, self.soft_cap, workspace)
 
         rows, hq, dim = self.q.shape
         hk = self.cache.shape[2]
@@ -71,9 +89,7 @@ class Rows:
         out = torch.full_like(self.q, float("nan"))
         for _ in range(2):  # what the first launch leaves must suit the second
             out.fill_(float("nan"))
-            kernel.decode_runs_triton(
-                self.q, self.cache, self.lens, self.table, out, units, dim**-0.5 * LOG2E, 1.0, self.soft_cap, workspace
-            )  # fmt: skip
+            launch()
         return out, counters
 
 
@@ -84,6 +100,7 @@ def cuts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Non
 
     monkeypatch.setattr(kernel, "processors", lambda _: request.param)
     monkeypatch.setattr(kernel, "runs_config", lambda _: kernel.RunsConfig(4, 3, 1))
+    monkeypatch.setattr(kernel, "_STREAMS_PER_PROCESSOR", 1)
 
 
 @pytest.mark.parametrize("cuts", [1, 5, 13, 64], indirect=True)
@@ -92,10 +109,56 @@ def test_rows_in_any_parts(device: str, case: tuple[list[int], int, int, int], c
     if not torch.zeros(1, device=device).is_cuda:
         pytest.skip("about the kernel for GPUs")
     torch.manual_seed(sum(case[0]))
-    rows = Rows(*case, device)
+    rows = Rows(*case, device, soft_cap=0.0 if sum(case[0]) % 2 else 5.0)
     out, counters = rows.attend()
     assert not counters.any()
     torch.testing.assert_close(out.float().cpu(), rows.want, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("cuts", [1, 5, 13, 64, 264], indirect=True)
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize(
+    ("lens", "heads"),
+    [
+        ([130, 1, 64, 65, 0, 300, 3], (28, 4)),
+        ([0, 0, 1], (28, 4)),
+        ([2000, 7], (28, 4)),
+        ([63, 64, 65, 127, 128, 129, 0, 640], (8, 1)),
+        ([15, 16, 17, 31, 33, 48] * 9, (28, 4)),
+        ([385] * 40, (32, 8)),
+    ],
+)
+def test_rows_in_streams(
+    device: str, lens: list[int], heads: tuple[int, int], block_size: int, cuts: None
+) -> None:
+    """As above, by the kernel of a warp a run; in part in bfloat16."""
+    if device != "cuda":
+        pytest.skip("about the kernel for GPUs")
+    from kubeinfer.kernels.triton_launch import runs_gluon
+
+    if not runs_gluon():
+        pytest.skip("about Hopper GPUs")
+    torch.manual_seed(sum(lens))
+    rows = Rows(lens, *heads, 128, device, block_size)
+    tolerance = 4e-3
+    if heads[1] != 4:
+        rows.q, rows.cache, tolerance = rows.q.bfloat16(), rows.cache.bfloat16(), 3e-2
+    out, counters = rows.attend(streams=True)
+    assert not counters.any()
+    torch.testing.assert_close(out.float().cpu(), rows.want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_streams_have_their_shared_memory_to_themselves() -> None:
+    """They address it by number, from its beginning."""
+    from kubeinfer.kernels import gluon_decode_streams as kernel
+    from kubeinfer.kernels.triton_launch import runs_gluon
+
+    if not runs_gluon():
+        pytest.skip("about Hopper GPUs")
+    Rows([100, 5], 28, 4, 128, "cuda").attend(streams=True)
+    for variant in kernel._STREAMS._variants.values():
+        assert variant.metadata.shared == kernel._SLOTS * (kernel._SLOT.value + 8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -107,9 +170,12 @@ def test_as_the_engine_runs_it(heads: tuple[int, int, int]) -> None:
     torch.manual_seed(1)
     rng = random.Random(1)
     hq, hk, dim = heads
-    count, most = 160, 2048
+    count, most = 200, 2048  # rows enough for streams, where there is no soft cap
     contexts = [[rng.choice((1, 64, 90, 700, most)) for _ in range(count)] for _ in range(3)]
-    rows = [Rows(lens, hq, hk, dim, "cuda") for lens in contexts]
+    rows = [
+        Rows(lens, hq, hk, dim, "cuda", soft_cap=cap)
+        for lens, cap in zip(contexts, (0.0, 5.0, 0.0), strict=True)
+    ]
     largest = max(rows, key=lambda r: r.cache.shape[1])
     cache = torch.zeros_like(largest.cache)
     lens, table, q = rows[0].lens.clone(), torch.zeros(count, most // 16 + 8).int().cuda(), rows[0].q.clone()

@@ -238,15 +238,8 @@ def test_tuned_tiles_fit_their_kernels() -> None:
             assert 0 < entry["columns"] < outputs, key
             assert entry["columns"] % 8 == 0, key  # an aligned start for what is computed apart
         elif key.startswith("gated_matmul/"):
-            flags = {"serpentine", "joint"}
-            assert set(entry) == {
-                "block_m", "block_n", "block_k", "num_warps", "stages", "group", "per_processor", *flags,
-            }, key  # fmt: skip
-            tile = (entry["block_m"], entry["block_n"], entry["block_k"])
-            assert all(value.bit_count() == 1 for value in (*tile, entry["num_warps"])), key
-            step = entry["block_k"] * (entry["block_m"] + 2 * entry["block_n"])
-            shared = 2 * (entry["stages"] * step + entry["block_m"] * entry["block_n"])
-            assert shared * entry["per_processor"] < 227 * 1024, key
+            assert set(entry) == {"group"}, key
+            assert entry["group"] >= 1, key
         elif "ahead" in entry:
             assert set(entry) == {"num_warps", "ahead"}, key
             assert entry["num_warps"].bit_count() == 1, key

@@ -1,12 +1,10 @@
 """Linear layers with what stands before and after them: RMS norm, gated activation, residual addition.
 
 A few tokens on a GPU take one kernel each (`kubeinfer.kernels.triton_linear`), which also spares the rounding between the
-parts, and so do product and gate of many (`kubeinfer.kernels.triton_gated_matmul`); all else runs the parts one after the other.
+parts, and so do product and gate of many (`kubeinfer.kernels.gluon_gated_matmul`); all else runs the parts one after the other.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +20,6 @@ from kubeinfer.kernels.linear import (
     whole_waves,
 )
 from kubeinfer.kernels.norm import NormBegun, rms_norm
-
-if TYPE_CHECKING:
-    from kubeinfer.kernels.triton_gated_matmul import GatedMatmulConfig
 
 # The fewest tokens from which on our gated product takes any number: of fewer, those whose tiles fill the GPU.
 MIN_MANY_ROWS = 1024
@@ -75,17 +70,17 @@ def gated_linear(
         many = many_rows_config(x, weight, inner)
         if many is None:
             return silu_and_mul(linear(x, weight, bias, packed))
-        from kubeinfer.kernels.triton_gated_matmul import gated_matmul_triton
+        from kubeinfer.kernels.gluon_gated_matmul import gated_matmul_gluon
 
-        return gated_matmul_triton(x, weight, bias, x.new_empty(x.shape[0], inner), many)
+        return gated_matmul_gluon(x, weight, bias, x.new_empty(x.shape[0], inner), many)
     from kubeinfer.kernels.triton_linear import linear_triton
 
     out = torch.empty(x.shape[0], inner, dtype=x.dtype, device=x.device)
     return linear_triton(x, weight, bias, out, config, norm_weight, eps, gated=True, begun=begun)
 
 
-def many_rows_config(x: Tensor, weight: Tensor, inner: int) -> GatedMatmulConfig | None:
-    """The launch configuration of our GPU kernel for the gated product of many tokens; None where cuBLAS serves it.
+def many_rows_config(x: Tensor, weight: Tensor, inner: int) -> int | None:
+    """``group`` of our GPU kernel for the gated product of many tokens; None where cuBLAS serves it.
 
     ``x [T, K]``, ``weight [2 inner, K]``.
     """
@@ -96,7 +91,11 @@ def many_rows_config(x: Tensor, weight: Tensor, inner: int) -> GatedMatmulConfig
     # What the copy engine takes.
     if any(t.stride(1) != 1 or t.stride(0) % 8 or t.data_ptr() % 16 for t in (x, weight)):
         return None
-    from kubeinfer.kernels.triton_gated_matmul import find_gated_config
+    from kubeinfer.kernels.triton_launch import runs_gluon
+
+    if not runs_gluon():
+        return None
+    from kubeinfer.kernels.gluon_gated_matmul import find_gated_config
 
     return find_gated_config(inner, x.shape[1], x.shape[0])
 

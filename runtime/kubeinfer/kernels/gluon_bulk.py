@@ -139,11 +139,78 @@ def copy4(
 
 
 @triton.jit
+def copy_page(wanted, barrier, to, seen, keys, values):
+    """Where ``wanted``, one thread of a warp has 4 KB from ``keys`` copied to ``to``, and 4 KB from ``values`` behind them, of which the
+    second 2 KB begin 64 bytes later in the banks. ``seen``: as of `copy2`."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred lead;
+        .reg .b32 nothing;
+        mad.lo.u32 nothing, $4, $4, $4;
+        and.b32 nothing, nothing, 1;
+        bar.warp.sync 0xFFFFFFFF;
+        elect.sync _|lead, 0xFFFFFFFF;
+        setp.ne.and.b32 lead, $1, 0, lead;
+        setp.eq.and.b32 lead, nothing, 0, lead;
+        @lead mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], 8192;
+        @lead cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$3], [$5], 4096, [$2];
+        @lead cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$3+4096], [$6], 2048, [$2];
+        @lead cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$3+6208], [$6+2048], 2048, [$2];
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r,r,l,l", [wanted, barrier, to, seen, keys, values], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def before_copies(threads):
+    """What was stored in shared memory so far is there for the warp's threads, and comes before copies to the same place."""
+    tl.inline_asm_elementwise(
+        "bar.warp.sync 0xFFFFFFFF; fence.proxy.async.shared::cta; mov.u32 $0, 0;",
+        "=r,r", [threads], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def wait_for_kernel_before(threads):
     """Until the kernel before has ended; then the next may get in place."""
     tl.inline_asm_elementwise(
         "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;",
         "=r,r", [threads], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def wait_for_count(counter, count):
+    """Until ``counter`` in memory has reached ``count``; what was stored before it was counted up can be read then."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred short;
+        again:
+        ld.acquire.gpu.global.s32 $0, [$1];
+        setp.lt.s32 short, $0, $2;
+        @short bra again;
+        }""",
+        "=&r,l,r", [counter, count], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def count_up(counter):
+    """What ``counter`` in memory was, to which a warp adds one. What its threads stored before is there for who finds it counted,
+    and what others stored before they counted can be read then."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred lead;
+        .reg .b32 who, old;
+        bar.warp.sync 0xFFFFFFFF;
+        elect.sync who|lead, 0xFFFFFFFF;
+        mov.b32 old, 0;
+        @lead atom.add.acq_rel.gpu.global.s32 old, [$1], 1;
+        shfl.sync.idx.b32 $0, old, who, 0x1F, 0xFFFFFFFF;
+        bar.warp.sync 0xFFFFFFFF;
+        }""",
+        "=r,l", [counter], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ _LOG2E = 1.4426950408889634
 _TMA_HEAD_DIMS = (64, 128)
 # Below this the loads by address hide as well, and the gather's launch would cost more than it saves.
 _TMA_MIN_CONTEXT = 512
+_SEARCHED = 128  # sequences at a time
 _GATHER_TILE = 128
 _GATHER_SEQS = 128  # the most, and what the kernel is compiled for
 
@@ -71,6 +72,7 @@ def _prefill_kernel(
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    SEARCHED: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     head = tl.program_id(0)
@@ -78,15 +80,13 @@ def _prefill_kernel(
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     # Sequence i owns tiles from its first token // BLOCK_Q + i on, at least one more than it needs at most.
     base = tl.load(query_start_ptr + first_seq)
-    low = 0
-    high = num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        at = (tl.load(query_start_ptr + first_seq + middle) - base) // BLOCK_Q + middle
-        if at <= tile:
-            low = middle
-        else:
-            high = middle
+    # All at once: a bisection's loads would wait for one another.
+    before = 0
+    for start in range(0, num_seqs, SEARCHED):
+        index = start + tl.arange(0, SEARCHED)
+        begins = tl.load(query_start_ptr + first_seq + index, mask=index < num_seqs, other=0)
+        before += tl.sum(((index < num_seqs) & ((begins - base) // BLOCK_Q + index <= tile)).to(tl.int32), 0)
+    low = before - 1
     seq = first_seq + low
     query_begin = tl.load(query_start_ptr + seq)
     query_len = tl.load(query_start_ptr + seq + 1) - query_begin
@@ -328,7 +328,7 @@ def paged_attention_triton(
             ),
             (
                 stride_q, stride_out, num_kv_heads, group, head_dim, head_dim_pad, block_size, block_m, block_n,
-                sliding_window, soft_cap, precision, tma,
+                sliding_window, soft_cap, precision, tma, _SEARCHED,
             ),
             num_warps,
             num_stages,

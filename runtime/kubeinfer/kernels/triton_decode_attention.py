@@ -26,6 +26,7 @@ from kubeinfer.kernels.triton_decode_runs import (
     list_tiles,
     runs_workspace_rows,
     takes_runs,
+    takes_streams,
 )
 from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
 from kubeinfer.kernels.triton_shared_prefix import (
@@ -381,18 +382,15 @@ def decode_attention_triton(
             rows = runs_workspace_rows(num_heads, num_kv_heads, head_dim, q.device)
             partial = torch.empty(rows, head_dim, dtype=torch.float32, device=q.device)
             lse = torch.empty(rows, dtype=torch.float32, device=q.device)
-        decode_runs_triton(
-            q,
-            kv_cache,
-            seq_lens,
-            block_table,
-            out,
-            units,
-            qk_scale,
-            v_scale,
-            soft_cap,
-            (partial, lse, counters),
-        )
+        parts = (partial, lse, counters)
+        if takes_streams(kv_cache, num_decodes, num_heads, soft_cap):
+            from kubeinfer.kernels.gluon_decode_streams import decode_streams_gluon
+
+            decode_streams_gluon(q, kv_cache, seq_lens, block_table, out, units, qk_scale, v_scale, parts)
+        else:
+            decode_runs_triton(
+                q, kv_cache, seq_lens, block_table, out, units, qk_scale, v_scale, soft_cap, parts
+            )
         return
     prefix_partial, prefix_lse, shared_tokens, prefix_n, cuts = out, out, seq_lens, 0, 0
     if shared is not None:

@@ -76,6 +76,15 @@ def read4(pointers, wanted, ALWAYS: tl.constexpr):
 
 
 @triton.jit
+def fresh4(pointers):
+    """Four words at ``pointers`` that other multiprocessors may have written in the same launch."""
+    return tl.inline_asm_elementwise(
+        "ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [pointers],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def load2(pointers, wanted, ALWAYS: tl.constexpr):
     """Two words at ``pointers``; zeros where not ``wanted``. Stays behind the wait for the kernel before."""
     if ALWAYS:
@@ -95,6 +104,50 @@ def load2(pointers, wanted, ALWAYS: tl.constexpr):
             "=&r,=&r,l,r", [pointers, wanted], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
     return found
+
+
+@triton.jit
+def write4(pointers, wanted, a, b, c, d):
+    """Where ``wanted``, four words to ``pointers``."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.b32 p, $2, 0;
+        @p st.global.v4.b32 [$1], {$3, $4, $5, $6};
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r,r,r,r,r", [pointers, wanted, a, b, c, d], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def pair(low, high, BF16: tl.constexpr):
+    """Two fp32 numbers as a pair of 16 bits."""
+    if BF16:
+        found = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def first_halves(a, b):
+    """Pairs of the low numbers of two pairs."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
+def second_halves(a, b):
+    """Pairs of the high numbers of two pairs."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,0 +1,343 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Gluon kernel of `kubeinfer.kernels.fused_linear` for many tokens on Hopper: a product whose epilogue is the gated activation.
+
+What goes to memory is half of what cuBLAS writes, and no second kernel reads it back.
+
+One program a multiprocessor goes through tiles of 128 tokens and 128 outputs. A warp has the copy engine (TMA) bring the operands
+of the steps to come into a ring in shared memory, across the ends of tiles too; two warpgroups of 64 tokens each multiply what is
+there, gates and ups of a tile in one instruction. The bounds are the tensors', so that no size needs to be a multiple of a
+tile's: what is read past the end is zero, what is written there is dropped.
+
+The number of tiles is seldom a multiple of the number of programs. Tiles that would be a last wave come first, and where they would
+leave half of the programs idle each is two programs' (the idea of stream-K: Osama et al., arXiv 2301.03598): who has the second
+half of a tile's steps leaves the sums in memory, the other finishes it. Shorter parts would cost more than they save: a part's sums
+are 128 KB. All programs are on the GPU at once, so none waits for one that has not begun.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kubeinfer.kernels import tuned
+from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS
+from kubeinfer.kernels.gluon_bulk import wait_for_count, wait_for_kernel_before
+from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches, processors
+from kubeinfer.kernels.triton_split import MAX_TILES, scratch
+
+_BLOCK_M = 128
+_BLOCK_N = 128
+_BLOCK_K = 64
+_STAGES = 4
+# A third of a multiprocessor's registers for each of three warpgroups: the consumers take what the producer gives up.
+_REGISTERS = 168
+
+
+@gluon.jit
+def _work(plan, i, STEPS: gl.constexpr):
+    """A program's ``i``-th piece of work: the tile, its first step, and the step it ends before."""
+    own, first, last, has_own, odd_tiles = plan
+    tile = own
+    if i >= has_own:
+        tile = odd_tiles + (i - has_own) * gl.num_programs(0) + gl.program_id(0)
+        first = first * 0
+        last = last * 0 + STEPS
+    return tile, first, last
+
+
+@gluon.jit
+def _place(tile, rows, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
+    """The row and the column of a tile. Tiles of GROUP rows and the same column are neighbours in time, which share weights in the
+    L2 cache; every other group goes through the columns backwards, and begins with the weights that the one before ended with."""
+    group = tile // (GROUP * COLUMNS)
+    within = tile % (GROUP * COLUMNS)
+    height = gl.minimum(rows - group * GROUP, GROUP)
+    column = within // height
+    if group % 2 == 1:
+        column = COLUMNS - 1 - column
+    return group * GROUP + within % height, column
+
+
+@gluon.jit
+def _fetch_weights(w_rows, w, ready, at, column, k, N: gl.constexpr):
+    """Gates, and behind them ups."""
+    BLOCK_N: gl.constexpr = w.shape[1] // 2
+    both = w.index(at)
+    tma.async_copy_global_to_shared(w_rows, [column * BLOCK_N, k], ready.index(at), both.slice(0, BLOCK_N))
+    tma.async_copy_global_to_shared(
+        w_rows, [N + column * BLOCK_N, k], ready.index(at), both.slice(BLOCK_N, BLOCK_N)
+    )
+
+
+@gluon.jit
+def _fetch_tokens(x_rows, x, ready, at, row, k):
+    """Those of either warpgroup."""
+    HALF: gl.constexpr = x.shape[1]
+    tma.async_copy_global_to_shared(x_rows, [row * (2 * HALF), k], ready.index(at), x.index(2 * at))
+    tma.async_copy_global_to_shared(
+        x_rows, [row * (2 * HALF) + HALF, k], ready.index(at), x.index(2 * at + 1)
+    )
+
+
+@gluon.jit
+def _produce(
+    x_rows, w_rows, ring, plan, pieces, rows, N: gl.constexpr, STEPS: gl.constexpr, COLUMNS: gl.constexpr,
+    GROUP: gl.constexpr,
+):  # fmt: skip
+    x, w, ready, free = ring
+    STAGES: gl.constexpr = w.shape[0]
+    BLOCK_K: gl.constexpr = x.shape[2]
+    BYTES: gl.constexpr = 2 * (x_rows.block_type.nbytes + w_rows.block_type.nbytes)
+    ahead = 0
+    if pieces > 0:
+        # Weights do not depend on the kernel before this one.
+        tile, first, last = _work(plan, 0, STEPS)
+        row, column = _place(tile, rows, COLUMNS, GROUP)
+        ahead = gl.minimum(last - first, STAGES)
+        for i in range(ahead):
+            mbarrier.expect(ready.index(i), BYTES)
+            _fetch_weights(w_rows, w, ready, i, column, (first + i) * BLOCK_K, N)
+        wait_for_kernel_before(gl.program_id(0))
+        for i in range(ahead):
+            _fetch_tokens(x_rows, x, ready, i, row, (first + i) * BLOCK_K)
+    count = 0
+    for i in range(pieces):
+        tile, first, last = _work(plan, i, STEPS)
+        row, column = _place(tile, rows, COLUMNS, GROUP)
+        for step in range(first, last):
+            if count >= ahead:
+                at = count % STAGES
+                # The first round waits for the phase before a barrier's first, which counts as over.
+                mbarrier.wait(free.index(at), (count // STAGES & 1) ^ 1)
+                mbarrier.expect(ready.index(at), BYTES)
+                _fetch_weights(w_rows, w, ready, at, column, step * BLOCK_K, N)
+                _fetch_tokens(x_rows, x, ready, at, row, step * BLOCK_K)
+            count += 1
+
+
+@gluon.jit
+def _by_thread(sums):
+    """Where a warpgroup's sums go in memory: a thread's at equal distances, and those of all threads side by side."""
+    L: gl.constexpr = sums.type.layout
+    row = gl.arange(0, sums.shape[0], gl.SliceLayout(1, L))[:, None]
+    column = gl.arange(0, sums.shape[1], gl.SliceLayout(0, L))[None, :]
+    thread = row // 16 * 32 + row % 8 * 4 + column % 8 // 2
+    at = (column // 8 * 2 + row % 16 // 8) * 256 + thread * 2 + column % 2
+    return gl.max_contiguous(gl.multiple_of(at, [1, 2]), [1, 2])
+
+
+@gluon.jit
+def _halves(sums):
+    """The left and the right half of the columns."""
+    M: gl.constexpr = sums.shape[0]
+    N: gl.constexpr = sums.shape[1] // 2
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    left, right = gl.split(gl.permute(gl.reshape(sums, [M, 2, N]), (0, 2, 1)))
+    return gl.convert_layout(left, L, assert_trivial=True), gl.convert_layout(right, L, assert_trivial=True)
+
+
+@gluon.jit
+def _with_bias(sums, bias_ptr, column, N: gl.constexpr):
+    columns = column + gl.arange(0, sums.shape[1], gl.SliceLayout(0, sums.type.layout))
+    return sums + gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
+
+
+@gluon.jit
+def _consume(
+    out_rows, bias_ptr, sums_ptr, counter_ptr, ring, places, plan, pieces, rows, N: gl.constexpr,
+    STEPS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PART: gl.constexpr,
+):  # fmt: skip
+    """The tokens of one warpgroup: ``PART`` 0 or 1."""
+    x, w, ready, free = ring
+    STAGES: gl.constexpr = w.shape[0]
+    M: gl.constexpr = x.shape[1]
+    BLOCK_N: gl.constexpr = w.shape[1] // 2
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
+    wait_for_kernel_before(gl.program_id(0))
+    zeros = gl.zeros([M, 2 * BLOCK_N], gl.float32, L)
+    within = _by_thread(zeros)
+    place = places.index(PART)
+    count = 0
+    for i in range(pieces):
+        tile, first, last = _work(plan, i, STEPS)
+        sums = zeros
+        for step in range(first, last):
+            at = count % STAGES
+            mbarrier.wait(ready.index(at), count // STAGES & 1)
+            sums = warpgroup_mma(x.index(2 * at + PART), w.index(at).permute((1, 0)), sums, is_async=True)
+            sums = warpgroup_mma_wait(1, deps=(sums,))
+            # The step before has been multiplied.
+            mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), pred=step > first)
+            count += 1
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+        mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), pred=last > first)
+
+        slot = sums_ptr + (2 * tile + PART) * (2 * M * BLOCK_N) + within
+        counter = counter_ptr + 2 * tile + PART
+        if first > 0:
+            gl.store(slot, sums)
+            gl.thread_barrier()  # all of this warpgroup's sums are stored before one of its threads counts it
+            gl.atomic_add(counter, 1, sem="release")
+        else:
+            if last < STEPS:
+                wait_for_count(counter, 1)
+                gl.thread_barrier()
+                gl.store(counter, 0)
+                sums += gl.load(slot, cache_modifier=".cg")
+            row, column = _place(tile, rows, COLUMNS, GROUP)
+            gate, up = _halves(sums)
+            if HAS_BIAS:
+                gate = _with_bias(gate, bias_ptr, column * BLOCK_N, N)
+                up = _with_bias(up, bias_ptr + N, column * BLOCK_N, N)
+            result = (gate / (1.0 + gl.exp(-gate)) * up).to(place.dtype)
+            # By the copy engine, once it has read what it was given before from the same place.
+            tma.store_wait(0)
+            gl.thread_barrier()
+            place.store(result)
+            fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(out_rows, [(2 * row + PART) * M, column * BLOCK_N], place)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["m"])
+def _gated_kernel(
+    x_rows,
+    w_rows,
+    out_rows,
+    bias_ptr,
+    sums_ptr,
+    counter_ptr,
+    m,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    DTYPE: gl.constexpr = x_rows.dtype
+    STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    COLUMNS: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    programs = gl.num_programs(0)
+    rows = gl.cdiv(m, BLOCK_M)
+    waves = rows * COLUMNS // programs
+    odd_tiles = rows * COLUMNS - waves * programs
+    HALF: gl.constexpr = (STEPS + 1) // 2
+    own = gl.program_id(0)
+    first = 0
+    last = STEPS
+    if 2 * odd_tiles <= programs:
+        own = gl.program_id(0) // 2
+        first = gl.program_id(0) % 2 * HALF
+        last = gl.minimum(first + HALF, STEPS)
+    has_own = (own < odd_tiles).to(gl.int32)
+    pieces = has_own + waves
+    plan = (own, first, last, has_own, odd_tiles)
+
+    x = gl.allocate_shared_memory(DTYPE, [2 * STAGES, BLOCK_M // 2, BLOCK_K], x_rows.layout)
+    w = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * BLOCK_N, BLOCK_K], w_rows.layout)
+    places = gl.allocate_shared_memory(DTYPE, [2, BLOCK_M // 2, BLOCK_N], out_rows.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    fence_async_shared()
+    ring = (x, w, ready, free)
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    out_rows, bias_ptr, sums_ptr, counter_ptr, ring, places, plan, pieces, rows, N, STEPS, COLUMNS,
+                    GROUP, HAS_BIAS, 0,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    out_rows, bias_ptr, sums_ptr, counter_ptr, ring, places, plan, pieces, rows, N, STEPS, COLUMNS,
+                    GROUP, HAS_BIAS, 1,
+                ),
+            ),
+            (_produce, (x_rows, w_rows, ring, plan, pieces, rows, N, STEPS, COLUMNS, GROUP)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+_GATED = Kernel(_gated_kernel)
+
+
+def find_gated_config(n: int, k: int, m: int) -> int | None:
+    """``group`` of `gated_matmul_gluon` for ``n`` outputs of ``k`` inputs and ``m`` tokens; None where cuBLAS is as fast, or nothing
+    is known.
+
+    Below MIN_MANY_ROWS the table knows multiples of 64 tokens, which is what captured steps of so many have.
+    """
+    return _find(n, k, MIN_MANY_ROWS if m >= MIN_MANY_ROWS else -(-m // 64) * 64)
+
+
+@functools.cache
+def _find(n: int, k: int, m: int) -> int | None:
+    if n % 8 or k % 8:
+        return None
+    found = tuned.lookup("linear", f"gated_matmul/{n}x{k}" + (f"/m{m}" if m < MIN_MANY_ROWS else ""))
+    return None if found is None else found["group"]
+
+
+def gated_matmul_gluon(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, group: int) -> Tensor:
+    """``out = silu(gate) * up`` of ``x @ weight.T + bias``, summed and gated in fp32; returns ``out``.
+
+    Args:
+        x: ``[T, K]`` of 16-bit numbers, T at least 1.
+        weight: ``[2 N, K]`` in ``x``'s dtype, gates first; N and K multiples of 8.
+        bias: ``[2 N]`` in ``x``'s dtype.
+        out: ``[T, N]`` in ``x``'s dtype.
+        group: rows of tiles that share weights in the L2 cache.
+
+    Rows of all of them are contiguous and begin at multiples of 16 bytes.
+    """
+    m, k = x.shape
+    n = out.shape[1]
+    programs = processors(x.device)
+    parts = scratch(x.device)
+    if programs * _BLOCK_M * _BLOCK_N > parts.sums.numel() or programs > MAX_TILES:
+        raise ValueError(f"A GPU of {programs} multiprocessors needs more scratch memory than there is.")
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    args = (
+        TensorDescriptor(x, [m, k], [x.stride(0), 1], [_BLOCK_M // 2, _BLOCK_K], layout),
+        TensorDescriptor(weight, [2 * n, k], [weight.stride(0), 1], [_BLOCK_N, _BLOCK_K], layout),
+        TensorDescriptor(out, [m, n], [out.stride(0), 1], [_BLOCK_M // 2, _BLOCK_N], layout),
+        x if bias is None else bias, parts.sums, parts.counters, m,
+    )  # fmt: skip
+    constants = (
+        n, k, bias is not None, _BLOCK_M, _BLOCK_N, _BLOCK_K, _STAGES, group,
+    )  # fmt: skip
+    tiles = triton.cdiv(m, _BLOCK_M) * triton.cdiv(n, _BLOCK_N)
+    _GATED.launch(
+        (min(programs, 2 * tiles), 1, 1),
+        args,
+        constants,
+        num_warps=4,
+        pdl=overlaps_launches(),
+        max_registers=_REGISTERS,
+    )
+    return out

@@ -51,9 +51,8 @@ from kubeinfer.kernels.triton_mma import (
 )
 
 _SLOTS = 3  # pages on their way to a warp
-_SLOT = gl.constexpr(
-    2 * 4096 + 2 * 64
-)  # bytes of one: a page's keys, its values, and what these are moved by
+# Bytes of one: a page's keys, its values, and what half of these are moved by (twice, so that slots begin in the same bank).
+_SLOT = gl.constexpr(2 * 4096 + 2 * 64)
 
 
 @gluon.jit

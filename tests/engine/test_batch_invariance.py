@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from kubeinfer.engine.messages import EngineOutput, EngineRequest
 from kubeinfer.errors import OptionError
 from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 
 PROMPTS = random_prompts(14, [1, 2, 9, 16, 17, 31, 40, 64], VOCAB_SIZE, seed=3)
 _KINDS: list[dict[str, Any]] = [
@@ -112,10 +115,11 @@ def test_company_chunks_and_cache_hits_change_no_bit(name: str, dtype: str) -> N
 
 @pytest.mark.parametrize("values", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}])
 def test_ranks_and_stages_keep_it(values: dict[str, int]) -> None:
-    client = start("llama", "float32", max_num_seqs=1, **values)
+    client = start("llama", "float32", max_num_seqs=9, **values)
     expected = one_at_a_time(client)
-    client.shutdown()
-    client = start("llama", "float32", max_num_batched_tokens=23, max_num_seqs=9, **values)
+    client.reset_prefix_cache()
+    scheduler = client.core.scheduler  # the engine is kept, for ranks take seconds to start
+    scheduler.config = replace(scheduler.config, max_num_batched_tokens=23)
     assert together(client, 1) == expected
     client.shutdown()
 

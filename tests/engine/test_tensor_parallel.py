@@ -14,6 +14,8 @@ from fixtures.tiny_models import tiny_model
 from kubeinfer.distributed.uni_process import UniProcessExecutor
 from kubeinfer.errors import OptionError
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 PROMPTS = random_prompts(1, 12, 60)
 
 

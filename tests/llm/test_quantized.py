@@ -21,6 +21,8 @@ from kubeinfer.layers.quantization.fp8 import FP8Weight
 from kubeinfer.layers.quantization.grouped_int import GroupedIntWeight, Int4Method
 from kubeinfer.quantization import FP8Config, GroupedIntConfig, QuantizationConfig
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 PROMPTS = random_prompts(12, [1, 5, 17, 33, 60], VOCAB_SIZE)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 OPTIONS: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from kubeinfer.engine.defaults import resolve_defaults
 from kubeinfer.engine.in_process import InProcessClient
 from kubeinfer.engine.messages import EngineOutput, EngineRequest
 from kubeinfer.errors import OptionError
+from kubeinfer.kernels.batch_invariance import use_batch_invariance
 from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
 
@@ -27,6 +29,13 @@ _KINDS: list[dict[str, Any]] = [
     {"temperature": 1.1, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "logprobs": 1},
     {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.2, "logprobs": 3},
 ]
+
+
+@pytest.fixture(autouse=True)
+def _not_for_the_tests_that_follow() -> Iterator[None]:
+    """The last step's wish stays with the process."""
+    yield
+    use_batch_invariance(False)
 
 
 def request(index: int) -> EngineRequest:

@@ -31,3 +31,11 @@ class _FailuresAtOnce:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_FailuresAtOnce(config))
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks of engines in this process start at once."""
+    from fixtures.forked_ranks import instead_of_subprocess
+
+    monkeypatch.setattr("kubeinfer.distributed.multi_process.subprocess", instead_of_subprocess())

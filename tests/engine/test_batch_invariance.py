@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +16,11 @@ from kubeinfer.engine.defaults import resolve_defaults
 from kubeinfer.engine.in_process import InProcessClient
 from kubeinfer.engine.messages import EngineOutput, EngineRequest
 from kubeinfer.errors import OptionError
+from kubeinfer.kernels.batch_invariance import use_batch_invariance
 from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 
 PROMPTS = random_prompts(14, [1, 2, 9, 16, 17, 31, 40, 64], VOCAB_SIZE, seed=3)
 _KINDS: list[dict[str, Any]] = [
@@ -24,6 +29,13 @@ _KINDS: list[dict[str, Any]] = [
     {"temperature": 1.1, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "logprobs": 1},
     {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.2, "logprobs": 3},
 ]
+
+
+@pytest.fixture(autouse=True)
+def _not_for_the_tests_that_follow() -> Iterator[None]:
+    """The last step's wish stays with the process."""
+    yield
+    use_batch_invariance(False)
 
 
 def request(index: int) -> EngineRequest:
@@ -112,10 +124,11 @@ def test_company_chunks_and_cache_hits_change_no_bit(name: str, dtype: str) -> N
 
 @pytest.mark.parametrize("values", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}])
 def test_ranks_and_stages_keep_it(values: dict[str, int]) -> None:
-    client = start("llama", "float32", max_num_seqs=1, **values)
+    client = start("llama", "float32", max_num_seqs=9, **values)
     expected = one_at_a_time(client)
-    client.shutdown()
-    client = start("llama", "float32", max_num_batched_tokens=23, max_num_seqs=9, **values)
+    client.reset_prefix_cache()
+    scheduler = client.core.scheduler  # the engine is kept, for ranks take seconds to start
+    scheduler.config = replace(scheduler.config, max_num_batched_tokens=23)
     assert together(client, 1) == expected
     client.shutdown()
 

@@ -43,7 +43,7 @@ def plain(name: str) -> list[list[int]]:
             got = outputs(llm)
             llm._client.check_integrity()
         model = reference_model(tiny_model(name))
-        ties = sum(assert_greedy(model, *pair, where=name) for pair in zip(PROMPTS, got))
+        ties = assert_greedy(model, PROMPTS, got, name)
         assert ties <= 2, f"{name}: {ties} ties in {NUM_PROMPTS} prompts"
         _plain[name] = got
     return _plain[name]
@@ -131,8 +131,7 @@ def test_prefix_hits_do_not_change_outputs(name):
         forked = outputs(llm, forks)
         llm._client.check_integrity()
     model = reference_model(tiny_model(name))
-    for prompt, tokens in zip(forks, forked):
-        assert_greedy(model, prompt, tokens, f"{name}, fork")
+    assert_greedy(model, forks, forked, f"{name}, fork")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding"])
@@ -256,7 +255,7 @@ def test_smollm2_answers_as_transformers_does():
         params = SamplingParams(temperature=0.0, max_tokens=8)
         got = outputs(llm, prompts, params)
     model = reference_model(smollm2_reference())
-    ties = sum(assert_greedy(model, prompt, tokens, "SmolLM2") for prompt, tokens in zip(prompts, got))
+    ties = assert_greedy(model, prompts, got, "SmolLM2")
     assert len(prompts) == 50
     assert ties <= 1
     assert len({tuple(tokens) for tokens in got}) > 25

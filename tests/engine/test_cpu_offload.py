@@ -116,6 +116,7 @@ def test_outputs_are_the_same(monkeypatch: pytest.MonkeyPatch, name: str, load_f
     streamed.shutdown()
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_ranks_stream_their_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = generate(make("llama"))
     monkeypatch.setattr("kubeinfer.worker.worker.Worker", StreamingWorker)

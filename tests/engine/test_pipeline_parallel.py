@@ -37,6 +37,8 @@ from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
 from kubeinfer.weights.readers import iterate_tensors
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 PROMPTS = random_prompts(20, [1, 2, 7, 16, 31, 33, 48, 64, 90, 130], VOCAB_SIZE)
 SMALL = {"block_size": 8, "num_gpu_blocks_override": 34, "max_num_batched_tokens": 48, "max_num_seqs": 10}
 

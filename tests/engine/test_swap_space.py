@@ -21,6 +21,8 @@ from kubeinfer.worker import memory
 from kubeinfer.worker.block_swapper import BlockSwapper
 from kubeinfer.worker.host_pool import HostPool
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 COUNT = 10
 
 

@@ -1,17 +1,24 @@
 """The ``device`` fixture: every test runs the references on the CPU, and the Triton kernels where there is a GPU.
 
 With ``TRITON_INTERPRET=1`` the kernels run in Triton's interpreter on CPU tensors instead (slow, for development).
+
+The references beside the tests are imported by name: transformers has an optional dependency called ``kernels``, which
+would hide this folder.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from kubeinfer.kernels.cpu import library as cpu
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 

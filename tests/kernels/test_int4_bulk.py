@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from references import EPS, error, gated, normed
 from torch import Tensor
 
 from kubeinfer.kernels import int4, tuned
 from kubeinfer.kernels.int4 import Int4Weight, int4_add_before_norm, int4_linear, pack_int4
 from kubeinfer.kernels.norm import NormBegun
 
-EPS = 1e-5
 # tiles, warps, slots, piece, programs a processor, held
 FORMS = [
     ((1, 4, 7, 1, 0, 1), 3584),
@@ -27,21 +27,6 @@ FORMS = [
     ((2, 8, 3, 1, 1, 0), 3584),
     ((1, 8, 3, 1, 0, 1), 128),
 ]
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got.double().cpu() - want).norm() / want.norm())
-
-
-def normed(x: Tensor, weight: Tensor) -> Tensor:
-    wide = x.double()
-    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.double()
-
-
-def gated(y: Tensor) -> Tensor:
-    gate, up = y.chunk(2, 1)
-    return gate * torch.sigmoid(gate) * up
 
 
 def random_weight(n: int, k: int) -> tuple[Int4Weight, Tensor]:

@@ -111,20 +111,21 @@ def test_fused_linear(
     def on(t: Tensor) -> Tensor:
         return t.to(device)
 
-    def dense(y: Tensor, w: Tensor) -> Tensor:
-        return y.double() @ w.double().T + (bias[: w.shape[0]].double() if with_bias else 0)
+    def dense(y: Tensor, wide: Tensor) -> Tensor:
+        return y.double() @ wide.T + (bias[: wide.shape[0]].double() if with_bias else 0)
 
+    wide, wide_gate_up = weight.double(), gate_up.double()
     some = on(bias[:n]) if with_bias else None
     both = on(bias) if with_bias else None
-    assert close(linear(on(x), on(weight), some), dense(x, weight), dtype)
-    assert close(norm_linear(on(x), on(scale), EPS, on(weight), some), dense(normed(x, scale), weight), dtype)
+    assert close(linear(on(x), on(weight), some), dense(x, wide), dtype)
+    assert close(norm_linear(on(x), on(scale), EPS, on(weight), some), dense(normed(x, scale), wide), dtype)
     for y, norm_weight in ((x, None), (normed(x, scale), on(scale))):
-        gate, up = dense(y, gate_up).chunk(2, 1)
+        gate, up = dense(y, wide_gate_up).chunk(2, 1)
         got = gated_linear(on(x), on(gate_up), both, None, norm_weight, EPS)
         assert close(got, gate * torch.sigmoid(gate) * up, dtype)
     total = on(residual.clone())
     assert add_linear(total, on(x), on(weight), some) is total
-    assert close(total, residual.double() + dense(x, weight), dtype)
+    assert close(total, residual.double() + dense(x, wide), dtype)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from references import EPS, error, gated, normed
 from torch import Tensor
 
 from kubeinfer.kernels import fp8, int4
@@ -16,24 +17,8 @@ from kubeinfer.quantization import GGUF_FORMS
 from kubeinfer.weights.readers.gguf_dequant import unpack
 from kubeinfer.weights.readers.gguf_file import _TYPES
 
-EPS = 1e-5
 HALVES = [torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got.double().cpu() - want).norm() / want.norm())
-
-
-def normed(x: Tensor, weight: Tensor) -> Tensor:
-    wide = x.double()
-    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.double()
-
-
-def gated(y: Tensor) -> Tensor:
-    gate, up = y.chunk(2, 1)
-    return gate * torch.sigmoid(gate) * up
 
 
 def numbers(rows: QuantizedRows, block: int | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from fixtures.smollm2 import needs_smollm2
 from fixtures.tiny_models import smollm2_gguf, tiny_model
@@ -31,7 +32,7 @@ def llm(folder: Path) -> Iterator[LLM]:
         yield made
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served(folder: Path) -> AsyncIterator[AsyncLLM]:
     made = await asyncio.to_thread(AsyncLLM, EngineOptions(model=str(folder), **OPTIONS))
     yield made
@@ -91,6 +92,7 @@ def test_logprobs_of_prompt_and_output(llm: LLM) -> None:
         assert entry[token_id].decoded_token == llm.get_tokenizer().decode([token_id])
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_streams_equal_the_offline_outputs(llm: LLM, served: AsyncLLM) -> None:
     expected = {out.prompt: out.outputs[0] for out in llm.generate(PROMPTS, GREEDY, use_tqdm=False)}
 
@@ -106,6 +108,7 @@ async def test_streams_equal_the_offline_outputs(llm: LLM, served: AsyncLLM) -> 
         assert (text, ids) == (expected[prompt].text, expected[prompt].token_ids)
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_leaving_a_stream_frees_the_engine(served: AsyncLLM) -> None:
     streams = [
         await served.submit("Hello", SamplingParams(max_tokens=400, ignore_eos=True), str(at))
@@ -139,6 +142,7 @@ def test_smollm2_knows_the_capital_of_france() -> None:
         assert out.finish_reason == "stop"
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_readers_that_leave_at_random_leak_nothing(served: AsyncLLM) -> None:
     draw = random.Random(5)
 

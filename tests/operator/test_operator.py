@@ -410,8 +410,9 @@ async def test_only_the_namespaces_it_is_told(api: FakeApi, runtime: Runtime, ku
 
 
 async def test_token_of_the_named_secret_and_no_other(
-    api: FakeApi, runtime: Runtime, kubeconfig: None
+    api: FakeApi, runtime: Runtime, kubeconfig: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kubeinfer_operator.hub.AGAIN_SECONDS", 0.5)
     asked: list[str] = []
 
     def gated(question: Question) -> Answer:
@@ -437,8 +438,9 @@ async def test_token_of_the_named_secret_and_no_other(
 
 
 async def test_a_hub_that_is_away_is_asked_now_and_then(
-    api: FakeApi, runtime: Runtime, kubeconfig: None
+    api: FakeApi, runtime: Runtime, kubeconfig: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kubeinfer_operator.hub.AGAIN_SECONDS", 2.0)
     asked = 0
 
     def away(question: Question) -> Answer:
@@ -450,8 +452,8 @@ async def test_a_hub_that_is_away_is_asked_now_and_then(
     async with running(away) as operator:
         api.put(*IM, MODEL)
         await until(lambda: status(api, "Planned") == "False NetworkUnreachable")
-        await asyncio.sleep(7)
-        assert asked == 2, "after five seconds, then after ten"
+        await asyncio.sleep(4)
+        assert asked == 2, "after two seconds, then after four"
         count = operator.metrics.registry.get_sample_value("kubeinfer_operator_reconcile_seconds_count")
         assert count is not None
-        assert count < 12, "waiting for a hub is not work"
+        assert count < 9, "waiting for a hub is not work"

@@ -322,6 +322,12 @@ def _streams_kernel(
     acc = (nothing,) * 32
     slot = start
     phase = start
+    # The rows, if any, of which others have parts too: the one that was begun before this run, and the one that it leaves.
+    begun_row = start - 1
+    begun_low = start
+    left_row = start - 1
+    left_low = start
+    left_high = start
     for unit in range(begin, end):
         row = entry >> ROW_BIT
         tile = _tile(entry)
@@ -392,12 +398,25 @@ def _streams_kernel(
             else:
                 part = (run * 2 + (run == low).to(gl.int32)) * HK + head
                 _put_part(partial_ptr, lse_ptr, part, result, m + gl.log2(total), lane, GROUP)
-                counter = counter_ptr + row * HK + head
-                if count_up(counter) == high - low:  # the last to arrive
-                    gl.store(counter, 0)
-                    result = _join_parts(partial_ptr, lse_ptr, low, high, head, lane, HK, GROUP)
-                    _put_result(out_ptr + row.to(gl.int64) * STRIDE_OUT, result, lane, GROUP, BF16)
+                if entry & 1 == 0:
+                    left_row = row
+                    left_low = low
+                    left_high = high
+                else:
+                    begun_row = row
+                    begun_low = low
         entry = following
+    # Counted at the end: a warp that counts waits until its stores are seen everywhere, and nothing comes for it meanwhile.
+    for which in range(2):
+        row = gl.where(which == 0, begun_row, left_row)
+        low = gl.where(which == 0, begun_low, left_low)
+        high = gl.where(which == 0, run, left_high)
+        if row >= 0:
+            counter = counter_ptr + row * HK + head
+            if count_up(counter) == high - low:  # the last to arrive
+                gl.store(counter, 0)
+                result = _join_parts(partial_ptr, lse_ptr, low, high, head, lane, HK, GROUP)
+                _put_result(out_ptr + row.to(gl.int64) * STRIDE_OUT, result, lane, GROUP, BF16)
 
 
 _STREAMS = Kernel(_streams_kernel)

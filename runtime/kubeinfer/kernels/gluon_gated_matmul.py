@@ -46,6 +46,25 @@ _REGISTERS = 168
 
 
 @gluon.jit
+def _plan(rows, STEPS: gl.constexpr, COLUMNS: gl.constexpr):
+    """What a program has to do, for `_work`, and in how many pieces: of the tiles that fill no wave one, half of one or none; and of
+    each whole wave one."""
+    programs = gl.num_programs(0)
+    waves = rows * COLUMNS // programs
+    odd_tiles = rows * COLUMNS - waves * programs
+    HALF: gl.constexpr = (STEPS + 1) // 2
+    own = gl.program_id(0)
+    first = 0
+    last = STEPS
+    if 2 * odd_tiles <= programs:
+        own = gl.program_id(0) // 2
+        first = gl.program_id(0) % 2 * HALF
+        last = gl.minimum(first + HALF, STEPS)
+    has_own = (own < odd_tiles).to(gl.int32)
+    return (own, first, last, has_own, odd_tiles), has_own + waves
+
+
+@gluon.jit
 def _work(plan, i, STEPS: gl.constexpr):
     """A program's ``i``-th piece of work: the tile, its first step, and the step it ends before."""
     own, first, last, has_own, odd_tiles = plan
@@ -234,21 +253,8 @@ def _gated_kernel(
     DTYPE: gl.constexpr = x_rows.dtype
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     COLUMNS: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    programs = gl.num_programs(0)
     rows = gl.cdiv(m, BLOCK_M)
-    waves = rows * COLUMNS // programs
-    odd_tiles = rows * COLUMNS - waves * programs
-    HALF: gl.constexpr = (STEPS + 1) // 2
-    own = gl.program_id(0)
-    first = 0
-    last = STEPS
-    if 2 * odd_tiles <= programs:
-        own = gl.program_id(0) // 2
-        first = gl.program_id(0) % 2 * HALF
-        last = gl.minimum(first + HALF, STEPS)
-    has_own = (own < odd_tiles).to(gl.int32)
-    pieces = has_own + waves
-    plan = (own, first, last, has_own, odd_tiles)
+    plan, pieces = _plan(rows, STEPS, COLUMNS)
 
     x = gl.allocate_shared_memory(DTYPE, [2 * STAGES, BLOCK_M // 2, BLOCK_K], x_rows.layout)
     w = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * BLOCK_N, BLOCK_K], w_rows.layout)

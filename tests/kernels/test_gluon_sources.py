@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from warp_in_numpy import Lanes, Pointer, Warp, load_kernel
+from lanes_in_numpy import Lanes, Pointer, Program, load_kernel
 
 TILE, DIM = 64, 128
 BITS = {"FIRST": 16, "KEYS_BIT": 1, "TILE_BIT": 8, "ROW_BIT": 21, "TILE": TILE}
@@ -47,8 +48,8 @@ class Rows:
 
     def attend(self, runs: int) -> tuple[Any, int]:
         """The result of the warps in any order, and how many copies began before the wait."""
-        warp = Warp()
-        module = load_kernel("gluon_decode_streams", warp, **BITS)
+        program = Program()
+        module = load_kernel("gluon_decode_streams", program, **BITS)
         rows, hq, _ = self.q.shape
         out = np.full(self.q.size, np.nan, np.float16)
         partial = np.full(2 * runs * hq * DIM, np.nan, np.float32)
@@ -62,15 +63,16 @@ class Rows:
             if n
         }
 
-        def was_there(keys: Pointer) -> bool:
-            block, within = divmod(int(keys.offset), self.hk * self.block_size * DIM)
+        def was_there(source: Pointer) -> bool:
+            cache = self.cache[0].size  # keys, then values
+            block, within = divmod(int(source.offset) % cache, self.hk * self.block_size * DIM)
             return (block, within % (self.block_size * DIM) // (16 * DIM)) not in newest
 
-        programs = [(head, run) for head in range(self.hk) for run in range(runs)]
-        self.shuffle(programs)
+        places = [(head, run) for head in range(self.hk) for run in range(runs)]
+        self.shuffle(places)
         early = 0
-        for program in programs:
-            warp.begin(barriers + 8 * module._SLOTS, was_there, *program)
+        for ids in places:
+            program.begin(barriers + 8 * module._SLOTS, ids, was_there)
             module._streams_kernel(
                 Pointer(self.q.reshape(-1), 0, kind), Pointer(self.cache.reshape(-1), 0, kind), Pointer(self.table.reshape(-1)),
                 Pointer(np.array(self.lens, np.int32)), Pointer(self.units), Pointer(out, 0, kind), Pointer(partial),
@@ -79,8 +81,8 @@ class Rows:
                 np.float32(1.0), hq * DIM, hq * DIM, self.hk, hq // self.hk, self.block_size, TILE, module._SLOTS, barriers,
                 barriers + 8 * module._SLOTS,
             )  # fmt: skip
-            assert warp.waited
-            early += warp.early_copies
+            assert program.waited
+            early += program.early_copies
         assert not counters.any()
         return out.reshape(self.q.shape).astype(np.float64), early
 
@@ -119,18 +121,23 @@ def test_decode_attention(lens: list[int], hq: int, hk: int, runs: int, block_si
     assert early > 0 or max(lens) <= 16
 
 
+@functools.cache
+def _gated() -> tuple[Program, Any]:
+    program = Program()
+    return program, load_kernel("gluon_gated_matmul", program)
+
+
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 9), st.integers(1, 200), st.integers(1, 5))
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_a_gated_products_steps_are_done_once(
     rows: int, columns: int, steps: int, programs: int, group: int
 ) -> None:
-    warp = Warp()
-    module = load_kernel("gluon_gated_matmul", warp)
-    warp.programs = min(programs, 2 * rows * columns)
+    program, module = _gated()
+    program.programs = min(programs, 2 * rows * columns)
     done: Counter[tuple[int, int, int]] = Counter()
     halves: dict[int, set[int]] = {}
-    for program in range(warp.programs):
-        warp.ids = (program,)
+    for own in range(program.programs):
+        program.ids = (own,)
         plan, pieces = module._plan(Lanes(np.int32(rows)), steps, columns)
         for piece in range(int(pieces)):
             tile, first, last = (int(x) for x in module._work(plan, Lanes(np.int32(piece)), steps))

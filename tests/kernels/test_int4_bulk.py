@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from importlib import resources
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lanes_in_numpy import Pointer, Program, import_with, instead, load_kernel, named
 from references import EPS, error, gated, normed
 from torch import Tensor
 
@@ -67,12 +70,66 @@ def test_products(
     """All that a layer may ask, in more tiles than programs; with the same result every time."""
     needs_bulk_copies(device)
     from kubeinfer.kernels import triton_int4_bulk
-    from kubeinfer.kernels.triton_int4_bulk import Int4BulkConfig, fits, int4_bulk_triton
 
     monkeypatch.setattr(triton_int4_bulk, "processors", lambda device: 5)
+    check_products(triton_int4_bulk, device, form, 192, k, tokens)
+
+
+@pytest.mark.parametrize(
+    ("form", "k", "tokens"),
+    [
+        ((2, 4, 2, 1, 1, 1), 640, 1),  # warps that have fewer chunks than others
+        ((2, 4, 1, 2, 0, 1), 1024, 3),  # all is asked for at once, two chunks at a time
+        ((1, 4, 2, 1, 1, 0), 1280, 5),  # inputs are read as they are needed
+        ((2, 8, 1, 1, 1, 0), 896, 8),
+    ],
+)
+def test_products_in_numpy(form: tuple[int, ...], k: int, tokens: int) -> None:
+    """The same, of the kernel's source as numpy runs it: without a GPU, and without Triton."""
+    check_products(bulk_in_numpy(), "cpu", form, 64, k, tokens)
+
+
+def bulk_in_numpy() -> Any:
+    """`kubeinfer.kernels.triton_int4_bulk`, whose kernel runs in numpy on three multiprocessors."""
+    program = Program()
+    kernel = load_kernel("gluon_int4", program)
+
+    def launch(grid: Any, args: Any, constants: Any, num_warps: int, pdl: bool) -> None:
+        pointers = [pointer_to(arg, kernel.gl.bfloat16) if isinstance(arg, Tensor) else arg for arg in args]
+        weights = {id(pointer.array) for pointer in pointers[1:3]}
+        for own in random.sample(range(grid[0]), grid[0]):
+            program.begin(constants[-1], (own,), lambda source: id(source.array) in weights)
+            kernel._bulk_kernel(*pointers, *constants)
+            assert program.early_copies > 0
+
+    stand_ins = {
+        "triton": named("triton", cdiv=lambda x, y: -(-x // y), next_power_of_2=lambda x: 1 << (x - 1).bit_length()),
+        "kubeinfer.kernels.triton_launch": named("launch", processors=lambda device: 3),
+        "kubeinfer.kernels.gluon_int4": named("int4", BULK=SimpleNamespace(launch=launch)),
+    }  # fmt: skip
+    module = import_with(stand_ins, "triton_int4_bulk")
+    product = module.int4_bulk_triton
+
+    def with_the_kernel(*args: Any) -> Any:
+        with instead(stand_ins):  # it imports the kernel when it is called
+            return product(*args)
+
+    module.int4_bulk_triton = with_the_kernel
+    return module
+
+
+def pointer_to(tensor: Tensor, bfloat16: Any) -> Pointer:
+    assert tensor.is_contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return Pointer(tensor.view(torch.int16).numpy().view("uint16").reshape(-1), 0, bfloat16)
+    return Pointer(tensor.numpy().reshape(-1))
+
+
+def check_products(kernels: Any, device: str, form: tuple[int, ...], n: int, k: int, tokens: int) -> None:
+    int4_bulk_triton = kernels.int4_bulk_triton
     torch.manual_seed(tokens + k)
-    config, n = Int4BulkConfig(*form), 192
-    if not fits(tokens, n, k, False, config):
+    config = kernels.Int4BulkConfig(*form)
+    if not kernels.fits(tokens, n, k, False, config):
         pytest.skip("has no room for so many tokens")
     packed, plain = random_weight(n, k)
     weight = int4.Int4Weight(packed.words.to(device), packed.meta.to(device), n, k, 128)
@@ -86,9 +143,9 @@ def test_products(
     def run(
         given: Tensor, add: bool, squares: Tensor | None = None, begins: bool = False, gate: bool = False
     ) -> Any:
-        out = (residual if add else torch.full((tokens, n // 2 if gate else n), float("nan")).bfloat16()).to(
-            device
-        )
+        out = (
+            residual.clone() if add else torch.full((tokens, n // 2 if gate else n), float("nan")).bfloat16()
+        ).to(device)
         begun = int4_bulk_triton(
             given.to(device), weight, bias.to(device), gate, add, out, config, squares, EPS,
             next_scale.to(device) if begins else None,

@@ -51,7 +51,7 @@ generate: $(STAMP)  ## make the CRD, its reference and the chart's schema again
 e2e: $(STAMP)  ## the whole on a real Kubernetes ($$KUBECONFIG, else one from Debian's packages; needs root then)
 	PYTHON=$(abspath $(BIN)/python) e2e/run
 
-test-gpu:  ## every GPU test; run it on a machine with a GPU, torch and triton
+test-gpu:  ## every GPU test; run it on a machine with a GPU, torch and triton (many cores: PYTEST_ARGS="-n 16 --dist worksteal")
 	PYTHONPATH=runtime:tests$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -c tests/gpu.ini -q -m gpu $(wildcard tests/engine/test_gpu*.py) tests/kernels $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## the CPU benchmark of the README

@@ -181,21 +181,6 @@ def wait_for_kernel_before(threads):
 
 
 @triton.jit
-def wait_for_count(counter, count):
-    """Until ``counter`` in memory has reached ``count``; what was stored before it was counted up can be read then."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred short;
-        again:
-        ld.acquire.gpu.global.s32 $0, [$1];
-        setp.lt.s32 short, $0, $2;
-        @short bra again;
-        }""",
-        "=&r,l,r", [counter, count], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def count_up(counter):
     """What ``counter`` in memory was, to which a warp adds one. What its threads stored before is there for who finds it counted,
     and what others stored before they counted can be read then."""

@@ -33,8 +33,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS
-from kubeinfer.kernels.gluon_bulk import wait_for_count, wait_for_kernel_before
-from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches, processors
+from kubeinfer.kernels.gluon_bulk import wait_for_kernel_before
+from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches, processors, wait_for_count
 from kubeinfer.kernels.triton_split import MAX_TILES, scratch
 
 _BLOCK_M = 128

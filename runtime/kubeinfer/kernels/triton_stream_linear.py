@@ -31,6 +31,7 @@ from kubeinfer.kernels.triton_launch import (
     overlaps_launches,
     processors,
     shared_memory,
+    wait_for_count,
 )
 from kubeinfer.kernels.triton_split import MAX_TILES, scratch
 
@@ -38,22 +39,6 @@ from kubeinfer.kernels.triton_split import MAX_TILES, scratch
 _AHEAD_BYTES = 16 << 10
 _AHEAD_BYTES_GATED = 64 << 10
 _SHARED_BYTES = 200 << 10  # that a program of the tuned configurations may need
-
-
-@triton.jit
-def _wait_for(counter, count):
-    """Until ``counter`` has reached ``count``; what was stored before it was counted up can be read then."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred short;
-        again:
-        ld.acquire.gpu.global.s32 $0, [$1];
-        setp.lt.s32 short, $0, $2;
-        @short bra again;
-        bar.sync 0;
-        }""",
-        "=&r,l,r", [counter, count], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["m", "eps"])
@@ -144,7 +129,8 @@ def _stream_kernel(
             else:
                 if MOST_PARTS > 1:  # noqa: SIM102 - the first is known when the kernel is compiled
                     if high > low:
-                        _wait_for(counter_ptr + tile, high - low)
+                        wait_for_count(counter_ptr + tile, high - low)
+                        all_threads()
                         tl.store(counter_ptr + tile, 0)
                         for i in tl.static_range(1, MOST_PARTS):
                             slot = sums_ptr + (low + i) * (SUMS * BLOCK_M * BLOCK_N) + within

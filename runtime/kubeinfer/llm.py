@@ -28,6 +28,7 @@ from kubeinfer.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 Message = Mapping[str, Any]
 _BAR_INTERVAL = 0.1  # seconds between two looks at the progress bar
+_AT_FIRST = 256  # requests that the engine begins with
 
 
 class LLM:
@@ -144,11 +145,7 @@ class LLM:
         with self._lock:
             try:
                 with HeldInterrupts() as interrupts:
-                    states.extend(map(self._output.add, requests))
-                    client.add_requests(
-                        [engine for request in requests for engine in request.engine_requests]
-                    )
-                    self._loop(client, states, use_tqdm, interrupts)
+                    self._loop(client, requests, states, use_tqdm, interrupts)
             except BaseException:
                 self._abandon(client, states)
                 raise
@@ -158,14 +155,27 @@ class LLM:
         return [state.whole() for state in states]
 
     def _loop(
-        self, client: EngineClient, states: Sequence[RequestState], use_tqdm: bool, interrupts: HeldInterrupts
+        self,
+        client: EngineClient,
+        requests: Sequence[ProcessedRequest],
+        states: list[RequestState],
+        use_tqdm: bool,
+        interrupts: HeldInterrupts,
     ) -> None:
+        """Run ``requests``, of each of which the engine has been told once its state is in ``states``."""
         process = self._output.process
-        remaining = len(states)
-        bar = _ProgressBar(len(states)) if use_tqdm else None
+        remaining = len(requests)
+        # The others come while a device has its first step. By priority the engine must know all to choose.
+        first = remaining if self.options.scheduling_policy == "priority" else _AT_FIRST
+        coming = [part for part in (requests[:first], requests[first:]) if part]
+        bar = _ProgressBar(remaining) if use_tqdm else None
         try:
             while remaining:
                 interrupts.check()
+                if coming:
+                    part = coming.pop(0)
+                    states.extend(map(self._output.add, part))
+                    client.add_requests([engine for request in part for engine in request.engine_requests])
                 outputs = client.step().outputs
                 if not outputs and not client.has_unfinished_requests():
                     raise KubeinferError(

@@ -196,6 +196,27 @@ def test_calls_from_several_threads_wait_for_each_other(make: Make) -> None:
         assert [out.outputs[0].token_ids for out in call.result()] == [[5 + at] * 20] * 3
 
 
+@pytest.mark.parametrize(("policy", "known"), [("fcfs", [2, 5, 5]), ("priority", [5, 5, 5])])
+def test_the_engine_begins_with_some_of_many(
+    make: Make, monkeypatch: pytest.MonkeyPatch, policy: str, known: list[int]
+) -> None:
+    """It gets the others while a device has its first step; to choose by priority it must know all."""
+    monkeypatch.setattr("kubeinfer.llm._AT_FIRST", 2)
+    llm, client = make(scheduling_policy=policy)
+    step = client.replay.step
+    seen: list[int] = []
+
+    def counted() -> Any:
+        seen.append(len(client.replay.seen))
+        return step()
+
+    client.replay.step = counted  # type: ignore[method-assign]
+    outputs = llm.generate([[5 + at] for at in range(5)], SamplingParams(max_tokens=2), use_tqdm=False)
+    assert [out.outputs[0].token_ids for out in outputs] == [[5 + at] * 2 for at in range(5)]
+    assert seen == known[: len(seen)]
+    assert len(seen) == (3 if policy == "fcfs" else 2)
+
+
 def test_a_prompt_that_cannot_be_served_starts_nothing(make: Make) -> None:
     llm, client = make()
     with pytest.raises(RequestError, match="max_model_len"):

@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from triton.testing import do_bench, do_bench_cudagraph
 
 import all_reduce
+from kubeinfer.kernels import triton_decode_attention
 from kubeinfer.kernels.activation import silu_and_mul
 from kubeinfer.kernels.attention import decode_workspace, paged_attention, plan_decodes
 from kubeinfer.kernels.batch_prep import prepare_decode, step_inputs, store_sampled
@@ -32,6 +34,7 @@ from kubeinfer.kernels.norm import fused_add_rms_norm, rms_norm
 from kubeinfer.kernels.rope import rope_and_cache
 from kubeinfer.kernels.sampling import apply_penalties, logprobs, sample
 from kubeinfer.kernels.shared_prefix import SharedPrefix
+from kubeinfer.kernels.triton_launch import runs_gluon
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
@@ -162,7 +165,7 @@ class Table:
 def attention(table: Table, block_size: int) -> None:
     print("\ndecode attention: sequences x context, heads, head size -> us, share of copy")
     shapes = [(28, 4, 128), (14, 2, 64), (32, 8, 128), (32, 8, 64)]
-    few = [(1, 512), (1, 4096), (8, 1024), (256, 512)]
+    few = [(1, 512), (1, 4096), (8, 1024), (256, 512), (512, 385)]
     for batch, context, hq, hk, d in [
         *((64, 4096, *s) for s in shapes),
         *((*f, *s) for s in shapes[:2] for f in few),
@@ -203,6 +206,28 @@ def attention(table: Table, block_size: int) -> None:
             us = microseconds(run)
             name = f"{len(lengths)} x {lengths[0]}, {hq}:{hk}, {d}"
             print(f"{name:34} {us:8.1f} us {work / us / 1e6:7.1f}", flush=True)
+
+
+def decode_kernels(block_size: int) -> None:
+    """Both kernels for a list of tiles, heads 28:4 of 128; `takes_streams` says which of them serves what."""
+    print(
+        "\ndecode attention of one list: contexts -> us of triton_decode_runs; of gluon_decode_streams; its gain"
+    )
+    lengths = random.Random(5)
+    uneven = [min(2000, max(20, int(lengths.lognormvariate(5.9, 0.8)))) for _ in range(512)]
+    for name, contexts in {
+        "512 x 384": [384] * 512,
+        "256 x 512": [512] * 256,
+        "512 x 442 to 458": [442 + lengths.randrange(17) for _ in range(512)],
+        "512, lognormal": uneven,
+        "256, lognormal": uneven[:256],
+    }.items():
+        runs = [decode_run(contexts, 28, 4, 128, block_size) for _ in range(2)]
+        took = []
+        for streams in (False, True):
+            with patch.object(triton_decode_attention, "takes_streams", return_value=streams):
+                took.append(microseconds(*runs))
+        print(f"{name:34} {took[0]:8.1f} us {took[1]:8.1f} us {1 - took[1] / took[0]:7.1%}", flush=True)
 
 
 def pointwise(table: Table, tokens: int, block_size: int) -> None:
@@ -321,6 +346,8 @@ def main() -> None:
     table = Table(copy_bandwidth())
     print(f"{torch.cuda.get_device_name()}: copy {table.ceiling / 1e12:.2f} TB/s, block size {block_size}")
     attention(table, block_size)
+    if runs_gluon():
+        decode_kernels(block_size)
     print("\nothers: tokens -> us, share of copy")
     for tokens in (64, 8192):
         pointwise(table, tokens, block_size)

@@ -154,9 +154,7 @@ class Program:
     """A program on its multiprocessor: what its instructions do."""
 
     def __init__(self) -> None:
-        self.ids: tuple[int, ...] = (0, 0)
         self.programs = 1
-        self.waited = True
         self.begin(0, (), lambda source: True)
 
     def begin(
@@ -386,31 +384,37 @@ def _jit(function: Any = None, **options: Any) -> Any:
 
 
 class _Anything(ModuleType):
-    """A module that has every name."""
+    """A module that has every name; what is not written down here fails when it is called."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **options: None
+
+        def unknown(*args: Any, **options: Any) -> None:
+            raise NotImplementedError(name)
+
+        return unknown
 
 
-def load_kernel(name: str, program: Program, **constants: Any) -> Any:
-    """The module ``kubeinfer.kernels.NAME`` for ``program``; ``constants`` are what it imports beside functions."""
+def load_kernel(name: str, program: Program, **modules: ModuleType) -> Any:
+    """The module ``kubeinfer.kernels.NAME`` for ``program``; ``modules`` are others of that folder that it imports."""
     language = named("language", **vars(_language(program)))
     methods = {method: getattr(program, method) for method in dir(program) if not method.startswith("_")}
-    own = named("own", **methods, **constants)
+    own = named("own", **methods)
     gluon = named("gluon", jit=_jit, language=language)
     hopper = named(
         "hopper", mbarrier=SimpleNamespace(MBarrierLayout=lambda: None, init=lambda barrier, count: None)
     )
     kernel = named("launch", Kernel=lambda function: SimpleNamespace(function=function))
     stand_ins = {
-        "triton": named("triton", language=language), "triton.language": language, "triton.experimental": named("experimental", gluon=gluon),
+        "triton": named("triton", jit=_jit, language=language), "triton.language": language,
+        "triton.language.extra.cuda": named("cuda"), "triton.experimental": named("experimental", gluon=gluon),
         "triton.experimental.gluon": gluon, "triton.experimental.gluon.language": language,
         "triton.experimental.gluon.language.nvidia.hopper": hopper,
         "triton.experimental.gluon.nvidia.hopper": named("descriptors"), "kubeinfer.kernels.triton_launch": kernel,
         **{f"kubeinfer.kernels.{other}": own
-           for other in ("gluon_bulk", "triton_mma", "triton_decode_runs", "triton_split", "fused_linear")},
+           for other in ("gluon_bulk", "triton_mma", "triton_attention_tiles", "triton_split", "fused_linear")},
+        **{f"kubeinfer.kernels.{other}": module for other, module in modules.items()},
     }  # fmt: skip
     return import_with(stand_ins, name)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kubeinfer.kernels import batch_invariance, fused_linear
-from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS, gated_linear, many_rows_config
+from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS, gated_linear, many_rows_group
 from kubeinfer.kernels.linear import MAX_FEW_ROWS
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 6e-3}
@@ -111,7 +111,7 @@ def test_gated_linear_takes_it_for_many_tokens(
         return kernel(x, *others)
 
     monkeypatch.setattr(
-        gluon_gated_matmul, "find_gated_config", lambda n, k, m: 8 if m >= MIN_MANY_ROWS else None
+        gluon_gated_matmul, "find_gated_group", lambda n, k, m: 8 if m >= MIN_MANY_ROWS else None
     )
     monkeypatch.setattr(gluon_gated_matmul, "gated_matmul_gluon", spied)
     torch.manual_seed(2)
@@ -188,21 +188,21 @@ def test_what_it_does_not_take(device: str, monkeypatch: pytest.MonkeyPatch) -> 
     on_hopper(device)
     from kubeinfer.kernels import gluon_gated_matmul
 
-    monkeypatch.setattr(gluon_gated_matmul, "find_gated_config", lambda n, k, m: 8)
+    monkeypatch.setattr(gluon_gated_matmul, "find_gated_group", lambda n, k, m: 8)
     x = torch.zeros(MIN_MANY_ROWS + 1, 72, dtype=torch.bfloat16, device=device)
     weight = torch.zeros(32, 72, dtype=torch.bfloat16, device=device)
-    assert many_rows_config(x, weight, 16) == 8
-    assert many_rows_config(x[-MAX_FEW_ROWS:], weight, 16) is None
-    assert many_rows_config(x.float(), weight.float(), 16) is None
-    assert many_rows_config(x, weight.half(), 16) is None
-    assert many_rows_config(x[:, 1:65], weight[:, :64], 16) is None  # begins at no multiple of 16 bytes
-    assert many_rows_config(x.new_zeros(MIN_MANY_ROWS, 68), weight[:, :68], 16) is None
-    assert many_rows_config(x.t().contiguous().t(), weight, 16) is None
+    assert many_rows_group(x, weight, 16) == 8
+    assert many_rows_group(x[-MAX_FEW_ROWS:], weight, 16) is None
+    assert many_rows_group(x.float(), weight.float(), 16) is None
+    assert many_rows_group(x, weight.half(), 16) is None
+    assert many_rows_group(x[:, 1:65], weight[:, :64], 16) is None  # begins at no multiple of 16 bytes
+    assert many_rows_group(x.new_zeros(MIN_MANY_ROWS, 68), weight[:, :68], 16) is None
+    assert many_rows_group(x.t().contiguous().t(), weight, 16) is None
     monkeypatch.setattr(fused_linear, "batch_invariant", lambda: True)
-    assert many_rows_config(x, weight, 16) is None
+    assert many_rows_group(x, weight, 16) is None
 
 
 def test_cpu_tensors_never_take_it() -> None:
     assert not batch_invariance.batch_invariant()
     x = torch.zeros(MIN_MANY_ROWS, 64, dtype=torch.bfloat16)
-    assert many_rows_config(x, torch.zeros(32, 64, dtype=torch.bfloat16), 16) is None
+    assert many_rows_group(x, torch.zeros(32, 64, dtype=torch.bfloat16), 16) is None

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from lanes_in_numpy import Lanes, Pointer, Program, load_kernel
 
 TILE, DIM = 64, 128
-BITS = {"FIRST": 16, "KEYS_BIT": 1, "TILE_BIT": 8, "ROW_BIT": 21, "TILE": TILE}
 
 
 def test_the_lists_entries_are_as_the_kernels_take_them() -> None:
-    runs = pytest.importorskip("kubeinfer.kernels.triton_decode_runs", reason="no Triton")
-    assert {name: getattr(getattr(runs, name), "value", getattr(runs, name)) for name in BITS} == BITS
+    of_list = load_kernel("triton_decode_runs", Program())
+    bits = (of_list._KEYS_BIT, of_list._TILE_BIT, of_list._ROW_BIT)
+    assert (of_list.FIRST, of_list.TILE, *bits) == (16, TILE, 1, 8, 21)
 
 
 class Rows:
@@ -49,7 +49,8 @@ class Rows:
     def attend(self, runs: int) -> tuple[Any, int]:
         """The result of the warps in any order, and how many copies began before the wait."""
         program = Program()
-        module = load_kernel("gluon_decode_streams", program, **BITS)
+        of_list = load_kernel("triton_decode_runs", program)
+        module = load_kernel("gluon_decode_streams", program, triton_decode_runs=of_list)
         rows, hq, _ = self.q.shape
         out = np.full(self.q.size, np.nan, np.float16)
         partial = np.full(2 * runs * hq * DIM, np.nan, np.float32)

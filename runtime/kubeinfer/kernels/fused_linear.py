@@ -67,7 +67,7 @@ def gated_linear(
     if config is None:
         if norm_weight is not None:
             x = rms_norm(x, norm_weight, eps)
-        many = many_rows_config(x, weight, inner)
+        many = many_rows_group(x, weight, inner)
         if many is None:
             return silu_and_mul(linear(x, weight, bias, packed))
         from kubeinfer.kernels.gluon_gated_matmul import gated_matmul_gluon
@@ -79,7 +79,7 @@ def gated_linear(
     return linear_triton(x, weight, bias, out, config, norm_weight, eps, gated=True, begun=begun)
 
 
-def many_rows_config(x: Tensor, weight: Tensor, inner: int) -> int | None:
+def many_rows_group(x: Tensor, weight: Tensor, inner: int) -> int | None:
     """``group`` of our GPU kernel for the gated product of many tokens; None where cuBLAS serves it.
 
     ``x [T, K]``, ``weight [2 inner, K]``.
@@ -95,9 +95,9 @@ def many_rows_config(x: Tensor, weight: Tensor, inner: int) -> int | None:
 
     if not runs_gluon():
         return None
-    from kubeinfer.kernels.gluon_gated_matmul import find_gated_config
+    from kubeinfer.kernels.gluon_gated_matmul import find_gated_group
 
-    return find_gated_config(inner, x.shape[1], x.shape[0])
+    return find_gated_group(inner, x.shape[1], x.shape[0])
 
 
 def adds_to_residual(x: Tensor) -> bool:

@@ -37,8 +37,8 @@ from kubeinfer.kernels.gluon_bulk import (
     wait_barrier,
     wait_for_kernel_before,
 )
-from kubeinfer.kernels.triton_decode_runs import FIRST, KEYS_BIT, ROW_BIT, TILE, TILE_BIT, stream_runs
-from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches
+from kubeinfer.kernels.triton_decode_runs import FIRST, TILE, held_of, row_of, stream_runs, tile_of
+from kubeinfer.kernels.triton_launch import Kernel
 from kubeinfer.kernels.triton_mma import (
     first_halves,
     fresh4,
@@ -62,21 +62,11 @@ def _value_place(key):
 
 
 @gluon.jit
-def _held(entry):
-    return (entry >> KEYS_BIT) & 0x7F
-
-
-@gluon.jit
-def _tile(entry):
-    return (entry >> TILE_BIT) & 0x1FFF
-
-
-@gluon.jit
 def _block(entry, page, block_table_ptr, stride_table, TILE: gl.constexpr, BLOCK_SIZE: gl.constexpr):
     """The block that holds a tile's page."""
-    row = entry >> ROW_BIT
+    row = row_of(entry)
     return gl.load(
-        block_table_ptr + row.to(gl.int64) * stride_table + (_tile(entry) * TILE + page * 16) // BLOCK_SIZE
+        block_table_ptr + row.to(gl.int64) * stride_table + (tile_of(entry) * TILE + page * 16) // BLOCK_SIZE
     )
 
 
@@ -88,7 +78,7 @@ def _page_after(
     used."""
     unit, page, entry, coming, block = cursor
     page += 1
-    if page * 16 >= _held(entry):
+    if page * 16 >= held_of(entry):
         page = page * 0
         unit += 1
         entry = coming
@@ -290,14 +280,8 @@ def _streams_kernel(
     entry = gl.load(units_ptr + begin)
     start = begin * 0
     coming = gl.load(units_ptr + gl.minimum(begin + 1, end - 1))
-    first_page = (
-        begin,
-        start,
-        entry,
-        coming,
-        _block(entry, start, block_table_ptr, stride_table, TILE, BLOCK_SIZE),
-    )
-    cursor = first_page
+    block = _block(entry, start, block_table_ptr, stride_table, TILE, BLOCK_SIZE)
+    first_page = (begin, start, entry, coming, block)
     for when in gl.static_range(2):
         if when == 1:
             wait_for_kernel_before(lane)
@@ -305,7 +289,7 @@ def _streams_kernel(
         early = zero + 1
         cursor = first_page
         for slot in range(SLOTS):
-            ends = (cursor[2] & 1) * (cursor[1] * 16 + 16 >= _held(cursor[2])).to(gl.int32)
+            ends = (cursor[2] & 1) * (cursor[1] * 16 + 16 >= held_of(cursor[2])).to(gl.int32)
             early = early * (1 - ends)
             wanted = 1 - early if when == 1 else early
             _copy(cursor, end, wanted, barrier_at, ring_at, slot, lane, k_ptr, v_ptr, HK, BLOCK_SIZE)
@@ -329,9 +313,9 @@ def _streams_kernel(
     left_low = start
     left_high = start
     for unit in range(begin, end):
-        row = entry >> ROW_BIT
-        tile = _tile(entry)
-        held = _held(entry)
+        row = row_of(entry)
+        tile = tile_of(entry)
+        held = held_of(entry)
         following = gl.load(units_ptr + gl.minimum(unit + 1, end - 1))
         if (tile == 0) | (unit == begin):
             queries = _queries(q_ptr + row.to(gl.int64) * STRIDE_Q, lane, GROUP)
@@ -449,5 +433,5 @@ def decode_streams_gluon(
             barriers + 8 * _SLOTS,
         ),
         1,
-        pdl=overlaps_launches(),
+        pdl=True,
     )  # fmt: skip

@@ -34,7 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS
 from kubeinfer.kernels.gluon_bulk import wait_for_kernel_before
-from kubeinfer.kernels.triton_launch import Kernel, overlaps_launches, processors, wait_for_count
+from kubeinfer.kernels.triton_launch import Kernel, processors, wait_for_count
 from kubeinfer.kernels.triton_split import MAX_TILES, scratch
 
 _BLOCK_M = 128
@@ -68,12 +68,9 @@ def _plan(rows, STEPS: gl.constexpr, COLUMNS: gl.constexpr):
 def _work(plan, i, STEPS: gl.constexpr):
     """A program's ``i``-th piece of work: the tile, its first step, and the step it ends before."""
     own, first, last, has_own, odd_tiles = plan
-    tile = own
-    if i >= has_own:
-        tile = odd_tiles + (i - has_own) * gl.num_programs(0) + gl.program_id(0)
-        first = first * 0
-        last = last * 0 + STEPS
-    return tile, first, last
+    whole = i >= has_own
+    tile = odd_tiles + (i - has_own) * gl.num_programs(0) + gl.program_id(0)
+    return gl.where(whole, tile, own), gl.where(whole, 0, first), gl.where(whole, STEPS, last)
 
 
 @gluon.jit
@@ -292,7 +289,7 @@ def _gated_kernel(
 _GATED = Kernel(_gated_kernel)
 
 
-def find_gated_config(n: int, k: int, m: int) -> int | None:
+def find_gated_group(n: int, k: int, m: int) -> int | None:
     """``group`` of `gated_matmul_gluon` for ``n`` outputs of ``k`` inputs and ``m`` tokens; None where cuBLAS is as fast, or nothing
     is known.
 
@@ -334,16 +331,8 @@ def gated_matmul_gluon(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tens
         TensorDescriptor(out, [m, n], [out.stride(0), 1], [_BLOCK_M // 2, _BLOCK_N], layout),
         x if bias is None else bias, parts.sums, parts.counters, m,
     )  # fmt: skip
-    constants = (
-        n, k, bias is not None, _BLOCK_M, _BLOCK_N, _BLOCK_K, _STAGES, group,
-    )  # fmt: skip
+    constants = (n, k, bias is not None, _BLOCK_M, _BLOCK_N, _BLOCK_K, _STAGES, group)
     tiles = triton.cdiv(m, _BLOCK_M) * triton.cdiv(n, _BLOCK_N)
-    _GATED.launch(
-        (min(programs, 2 * tiles), 1, 1),
-        args,
-        constants,
-        num_warps=4,
-        pdl=overlaps_launches(),
-        max_registers=_REGISTERS,
-    )
+    grid = (min(programs, 2 * tiles), 1, 1)
+    _GATED.launch(grid, args, constants, num_warps=4, pdl=True, max_registers=_REGISTERS)
     return out

@@ -27,10 +27,26 @@ from kubeinfer.kernels.triton_launch import Kernel, all_threads, overlaps_launch
 
 TILE = 64  # keys
 # An entry of the list: whether its tile is its row's last, how many keys it has (0 to 64), which tile it is, and the row.
-KEYS_BIT, TILE_BIT, ROW_BIT = tl.constexpr(1), tl.constexpr(8), tl.constexpr(21)
+_KEYS_BIT, _TILE_BIT, _ROW_BIT = tl.constexpr(1), tl.constexpr(8), tl.constexpr(21)
 _STREAMS_PER_PROCESSOR = 8
 _MOST_TILES, _MOST_ROWS = 1 << 13, 1 << 10
 FIRST = tl.constexpr(16)  # of the list's entries; before them is how many there are
+
+
+@triton.jit
+def row_of(entry):
+    return entry >> _ROW_BIT
+
+
+@triton.jit
+def tile_of(entry):
+    return (entry >> _TILE_BIT) & 0x1FFF
+
+
+@triton.jit
+def held_of(entry):
+    """Keys of the entry's tile."""
+    return (entry >> _KEYS_BIT) & 0x7F
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -53,7 +69,7 @@ def _plan_kernel(
     for start in range(0, own, STEP):
         tile = start + tl.arange(0, STEP)
         held = tl.minimum(keys - tile * TILE, TILE)
-        entry = (row << ROW_BIT) | (tile << TILE_BIT) | (held << KEYS_BIT) | (tile == own - 1).to(tl.int32)
+        entry = (row << _ROW_BIT) | (tile << _TILE_BIT) | (held << _KEYS_BIT) | (tile == own - 1).to(tl.int32)
         tl.store(units_ptr + FIRST + first + tile, entry, mask=tile < own)
 
 
@@ -85,7 +101,7 @@ def _join_parts(
 
 
 @triton.jit
-def finish(
+def _finish(
     partial_ptr, lse_ptr, counter_ptr, out_ptr, row, low, high, head, rows, dims, STRIDE_OUT: tl.constexpr,
     HK: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
@@ -153,9 +169,9 @@ def _runs_kernel(
     joined = -1  # the row, if any, that was begun before this run and whose parts are all there
     for unit in tl.range(begin, end, num_stages=STAGES):
         entry = tl.load(units_ptr + FIRST + unit)
-        row = entry >> ROW_BIT
-        tile = (entry >> TILE_BIT) & 0x1FFF
-        inside = keys < ((entry >> KEYS_BIT) & 0x7F)
+        row = row_of(entry)
+        tile = tile_of(entry)
+        inside = keys < held_of(entry)
         table = block_table_ptr + row.to(tl.int64) * stride_table + tile * (TILE // BLOCK_SIZE)
         page = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
         offsets = (page * (HK * BLOCK_SIZE * D) + (keys % BLOCK_SIZE) * D)[:, None] + dims[None, :]
@@ -191,8 +207,8 @@ def _runs_kernel(
                     joined = row
 
     if entry & 1 == 0:  # the run ends within a row
-        row = entry >> ROW_BIT
-        first = end - 1 - ((entry >> TILE_BIT) & 0x1FFF)
+        row = row_of(entry)
+        first = end - 1 - tile_of(entry)
         low = first // length
         high = (first + tl.cdiv(tl.load(seq_lens_ptr + row), TILE) - 1) // length
         result = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
@@ -200,13 +216,13 @@ def _runs_kernel(
         _keep_part(result, m + tl.log2(total), partial_ptr, lse_ptr, slot, rows, dims, GROUP, D)
         all_threads()
         if tl.atomic_add(counter_ptr + row * HK + head, 1, sem="acq_rel") == high - low:
-            finish(
+            _finish(
                 partial_ptr, lse_ptr, counter_ptr, out_ptr, row, low, high, head, rows, dims,
                 STRIDE_OUT, HK, GROUP, GROUP_PAD, D, D_PAD,
             )  # fmt: skip
     if joined >= 0:
-        first = begin - ((tl.load(units_ptr + FIRST + begin) >> TILE_BIT) & 0x1FFF)
-        finish(
+        first = begin - tile_of(tl.load(units_ptr + FIRST + begin))
+        _finish(
             partial_ptr, lse_ptr, counter_ptr, out_ptr, joined, first // length, run, head, rows, dims,
             STRIDE_OUT, HK, GROUP, GROUP_PAD, D, D_PAD,
         )  # fmt: skip
@@ -246,8 +262,8 @@ def takes_streams(kv_cache: Tensor, num_rows: int, num_heads: int, soft_cap: flo
     """Whether `kubeinfer.kernels.gluon_decode_streams` is to serve rows of so many heads, and of the cache's dtype.
 
     It can where heads are of 128, with up to 8 queries a KV head, and does where there are rows enough. On an H200 512 contexts of
-    384 take 6% less time there, 256 of 512 10%, and beside products that draw all the power 512 take 9% less. Uneven contexts
-    took 2 to 6% more, measured alone and before parts were counted at a run's end.
+    384 take 6% less time there and 256 of 512 10%. Uneven contexts took 2 to 6% more, measured before parts were counted at a
+    run's end. ``benchmarks/kernels.py`` times both kernels.
     """
     _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
     can = head_dim == 128 and num_heads <= 8 * num_kv_heads and block_size % 16 == 0 and soft_cap == 0

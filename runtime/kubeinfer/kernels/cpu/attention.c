@@ -19,7 +19,10 @@ INLINE void fetch_row(const bf16 *row, int64_t D) {
     for (int64_t d = 0; d < D; d += 32) _mm_prefetch((const char *)(row + d), _MM_HINT_T0);
 }
 
-#include "keys.h" /* dot16, WEIGH, ZIP_ROWS */
+#include "keys.h" /* dot16, DEFINE_WEIGH, ZIP_ROWS */
+DEFINE_WEIGH(1) DEFINE_WEIGH(2) DEFINE_WEIGH(3) DEFINE_WEIGH(4)
+typedef void (*weigh_fn)(const float *, const bf16 *const *, int64_t, int64_t, int64_t, float *);
+static const weigh_fn WEIGH[5] = {0, weigh_1, weigh_2, weigh_3, weigh_4};
 
 /* One query token: all heads of one KV head, online softmax over runs of keys. */
 static TARGET void decode_one(const attention_args *a, int64_t token, int64_t seq, int64_t head, int64_t g0, int64_t G, int64_t len) {

@@ -17,6 +17,13 @@ void ki_pack_linear(const bf16 *w, int64_t N, int64_t K, bf16 *out) {
     }
 }
 
+/* Rows of the next register tile, of at most `most`: most + 1 go as two halves, since one row alone would leave the multipliers idle. */
+INLINE int64_t tile_rows(int64_t left, int64_t most) {
+    int64_t rows = left < most ? left : most;
+    if (left > most && left < 2 * most) rows = (left + 1) / 2;
+    return rows;
+}
+
 #include "product.h" /* panel_product and, for one row, row_panels */
 
 /* Where a product goes, and what is added to it. */

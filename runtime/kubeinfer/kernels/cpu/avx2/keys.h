@@ -47,9 +47,6 @@ INLINE vec dot16(const bf16 *query, const bf16 *const *keys, int64_t D) {
             _Pragma("GCC unroll 4") for (int i = 0; i < HEADS; i++) store_tail(o + i * MAX_DIM + d, acc[i], m);      \
         }                                                                                                            \
     }
-DEFINE_WEIGH(1) DEFINE_WEIGH(2) DEFINE_WEIGH(3) DEFINE_WEIGH(4)
-typedef void (*weigh_fn)(const float *, const bf16 *const *, int64_t, int64_t, int64_t, float *);
-static const weigh_fn WEIGH[5] = {0, weigh_1, weigh_2, weigh_3, weigh_4};
 
 /* 32 elements of a row (the first ones, as many as m has bits), and two rows side by side, element by element: how a panel of
  * values is packed. */

@@ -52,9 +52,7 @@ TARGET void panel_product(const bf16 *x, int64_t ldx, int64_t M, const bf16 *w, 
     for (int64_t k = 0; k < K2; k += RUN / 2) { /* a run of the panel stays in the first cache for all rows */
         int64_t n = K2 - k < RUN / 2 ? K2 - k : RUN / 2;
         for (int64_t m = 0; m < M;) {
-            int64_t rows = M - m < TILE ? M - m : TILE;
-            /* 7 rows go as 4 + 3: a tile of one row would leave the multipliers idle */
-            if (M - m > TILE && M - m < 2 * TILE) rows = (M - m + 1) / 2;
+            int64_t rows = tile_rows(M - m, TILE);
             for (int64_t i = 0; i < rows; i++) widen_row(x + (m + i) * ldx + 2 * k, 2 * n, wide + i * RUN);
             for (int half = 0; half < 2; half++) TILES[rows](wide, w + k * 64 + half * 32, n, c + m * ldc + half * 16, ldc, k == 0);
             m += rows;

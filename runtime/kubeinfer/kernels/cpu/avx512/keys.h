@@ -63,9 +63,6 @@ INLINE __m512 dot16(const bf16 *query, const bf16 *const *keys, int64_t D) {
             }                                                                                                        \
         }                                                                                                            \
     }
-DEFINE_WEIGH(1) DEFINE_WEIGH(2) DEFINE_WEIGH(3) DEFINE_WEIGH(4)
-typedef void (*weigh_fn)(const float *, const bf16 *const *, int64_t, int64_t, int64_t, float *);
-static const weigh_fn WEIGH[5] = {0, weigh_1, weigh_2, weigh_3, weigh_4};
 
 /* 32 elements of a row, and two rows side by side, element by element: how a panel of values is packed. What ZIP_ORDER
  * defines stands outside of the caller's loops. Macros, since functions would make GCC spill more in the loops around them. */

@@ -37,9 +37,7 @@ static const tile_fn TILES[TILE + 1] = {0, tile_1, tile_2, tile_3, tile_4, tile_
 
 TARGET void panel_product(const bf16 *x, int64_t ldx, int64_t M, const bf16 *w, int64_t K2, float *c, int64_t ldc) {
     for (int64_t m = 0; m < M;) {
-        int64_t rows = M - m < TILE ? M - m : TILE;
-        /* 13 rows go as 7 + 6: a tile of one row would leave the multipliers idle */
-        if (M - m > TILE && M - m < 2 * TILE) rows = (M - m + 1) / 2;
+        int64_t rows = tile_rows(M - m, TILE);
         TILES[rows](x + m * ldx, ldx, w, K2, c + m * ldc, ldc);
         m += rows;
     }

@@ -47,8 +47,8 @@ _REGISTERS = 168
 
 @gluon.jit
 def _plan(rows, STEPS: gl.constexpr, COLUMNS: gl.constexpr):
-    """What a program has to do, for `_work`, and in how many pieces: of the tiles that fill no wave one, half of one or none; and of
-    each whole wave one."""
+    """What a program has to do, for `_work`, and in how many pieces: of the tiles that fill no wave one, half of one (of several
+    steps) or none; and of each whole wave one."""
     programs = gl.num_programs(0)
     waves = rows * COLUMNS // programs
     odd_tiles = rows * COLUMNS - waves * programs
@@ -56,7 +56,7 @@ def _plan(rows, STEPS: gl.constexpr, COLUMNS: gl.constexpr):
     own = gl.program_id(0)
     first = 0
     last = STEPS
-    if 2 * odd_tiles <= programs:
+    if STEPS > 1 and 2 * odd_tiles <= programs:
         own = gl.program_id(0) // 2
         first = gl.program_id(0) % 2 * HALF
         last = gl.minimum(first + HALF, STEPS)

@@ -72,6 +72,44 @@ def plan_decodes(seq_lens: Tensor, num_decodes: int, max_seq_len: int, kv_cache:
     return plan_decodes_triton(seq_lens[:num_decodes], max_seq_len, kv_cache)
 
 
+def rope_and_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor | None,
+    slot_mapping: Tensor,
+    kv_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    workspace: DecodeWorkspace | None = None,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> bool:
+    """`kubeinfer.kernels.rope.rope_and_cache`, then `paged_attention` of rows of one query token, in one kernel less.
+
+    That serves few rows on a GPU; with any other False is returned, and nothing was done. Arguments are of those two; ``seq_lens``
+    count the token itself, and all that came before it was written to the cache by steps before this one. ``q`` is not changed.
+    """
+    if not q.is_cuda:
+        return False
+    from kubeinfer.kernels.triton_rope_decode import rope_decode_triton, takes_rope_decode
+
+    if not takes_rope_decode(q, kv_cache):
+        return False
+    rope_decode_triton(
+        q, k, v, positions, cos_sin, slot_mapping, kv_cache, seq_lens, block_table, out, q_norm_weight, k_norm_weight,
+        eps, scale, sliding_window, soft_cap, workspace,
+    )  # fmt: skip
+    return True
+
+
 def paged_attention(
     q: Tensor,
     kv_cache: Tensor,

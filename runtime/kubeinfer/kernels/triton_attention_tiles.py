@@ -35,6 +35,41 @@ def joined(acc, total, m, part, lse):
 
 
 @triton.jit
+def paged_rows(
+    k_ptr, v_ptr, table, keys, inside, HK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """Keys and values ``[BLOCK_N, D_PAD]`` of one KV head at the sequence's positions ``keys``; zeros where not ``inside``."""
+    dims = tl.arange(0, D_PAD)
+    page = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    offsets = (page * (HK * BLOCK_SIZE * D) + (keys % BLOCK_SIZE) * D)[:, None] + dims[None, :]
+    mask = inside[:, None]
+    if D != D_PAD:
+        mask = mask & (dims < D)[None, :]
+    return tl.load(k_ptr + offsets, mask=mask, other=0.0), tl.load(v_ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def attend_keys(
+    acc, total, m, q, k, v, visible, qk_scale, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr, NONE_VISIBLE: tl.constexpr
+):  # fmt: skip
+    """One tile of keys for query rows that all see the ``visible [BLOCK_N]`` of them; ``NONE_VISIBLE``: that may be none."""
+    s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * qk_scale
+    if SOFT_CAP > 0:
+        s = capped(s, SOFT_CAP)
+    s = tl.where(visible[None, :], s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    if NONE_VISIBLE:
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    else:
+        shift = m_new
+    p = tl.exp2(s - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    total = total * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
+    return acc, total, m_new
+
+
+@triton.jit
 def attend_tiles(
     acc,
     total,

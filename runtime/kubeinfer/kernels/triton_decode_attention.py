@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.batch_invariance import batch_invariant
-from kubeinfer.kernels.triton_attention_tiles import capped, cut, joined
+from kubeinfer.kernels.triton_attention_tiles import attend_keys, cut, joined, paged_rows
 from kubeinfer.kernels.triton_decode_runs import (
     decode_runs_triton,
     list_tiles,
@@ -56,7 +56,7 @@ FIXED_ROWS = 512
 
 
 @triton.jit
-def _span(
+def span(
     seq_len,
     shared_ptr,
     seq,
@@ -150,7 +150,7 @@ def _decode_kernel(
     seq = tl.program_id(2)
     # Before the wait: contexts are written at the step's start, many kernels before this one.
     seq_len = tl.load(seq_lens_ptr + seq)
-    first, keys_per_split, used = _span(seq_len, shared_ptr, seq, SPLITS, LEAST, BLOCK_N, WINDOW, SHARED)
+    first, keys_per_split, used = span(seq_len, shared_ptr, seq, SPLITS, LEAST, BLOCK_N, WINDOW, SHARED)
     begin = first + split * keys_per_split
     end = tl.minimum(seq_len, begin + keys_per_split)
     # A row without keys is its first split's, which writes zeros.
@@ -188,30 +188,11 @@ def _decode_kernel(
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < end
-        page = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-        offsets = (page * (HK * BLOCK_SIZE * D) + (keys % BLOCK_SIZE) * D)[:, None] + dims[None, :]
-        mask = inside[:, None]
-        if D != D_PAD:
-            mask = mask & (dims < D)[None, :]
-        k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
-        v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * qk_scale
-        if SOFT_CAP > 0:
-            s = capped(s, SOFT_CAP)
-        if WINDOW > 0:
-            inside = inside & (keys >= seq_len - WINDOW)
-        s = tl.where(inside[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
+        k, v = paged_rows(k_ptr, v_ptr, table, keys, inside, HK, D, D_PAD, BLOCK_SIZE)
         if WINDOW > 0:
             # The first tile of a window may hold no visible key at all.
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        else:
-            shift = m_new
-        p = tl.exp2(s - shift[:, None])
-        alpha = tl.exp2(m - shift)
-        total = total * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
+            inside = inside & (keys >= seq_len - WINDOW)
+        acc, total, m = attend_keys(acc, total, m, q, k, v, inside, qk_scale, SOFT_CAP, PRECISION, WINDOW > 0)
     acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
     lse = m + tl.log2(total)
     if SHARED:
@@ -268,7 +249,7 @@ def _merge_kernel(
     seq = tl.program_id(1)
     # Before the wait: contexts are written at the step's start, many kernels before this one.
     seq_len = tl.load(seq_lens_ptr + seq)
-    _, _, used = _span(seq_len, shared_ptr, seq, SPLITS, 0, BLOCK_N, WINDOW, SHARED)
+    _, _, used = span(seq_len, shared_ptr, seq, SPLITS, 0, BLOCK_N, WINDOW, SHARED)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -422,20 +403,33 @@ def decode_attention_triton(
         pdl,
     )  # fmt: skip
     if not least:
-        _MERGE.launch(
-            (num_heads, num_decodes, 1),
-            (partial, lse, seq_lens, shared_tokens, out),
-            (
-                stride_out,
-                num_heads,
-                head_dim,
-                head_dim_pad,
-                block_n,
-                splits,
-                sliding_window,
-                prefix_n > 0,
-                pdl,
-            ),
-            4 if splits > 16 else 1,
-            pdl=pdl,
+        rows = out[:num_decodes]
+        merge_splits(
+            partial, lse, seq_lens, shared_tokens, rows, block_n, splits, sliding_window, prefix_n > 0
         )
+
+
+def merge_splits(
+    partial: Tensor,
+    lse: Tensor,
+    seq_lens: Tensor,
+    shared_tokens: Tensor,
+    out: Tensor,
+    block_n: int,
+    splits: int,
+    sliding_window: int,
+    shared: bool,
+) -> None:
+    """``out [B, Hq, D]`` of what the splits of rows left, of their keys after ``shared_tokens [B]`` where ``shared``."""
+    num_rows, num_heads, head_dim = out.shape
+    pdl = overlaps_launches()
+    _MERGE.launch(
+        (num_heads, num_rows, 1),
+        (partial, lse, seq_lens, shared_tokens, out),
+        (
+            out.stride(0), num_heads, head_dim, triton.next_power_of_2(head_dim), block_n, splits, sliding_window, shared,
+            pdl,
+        ),
+        4 if splits > 16 else 1,
+        pdl=pdl,
+    )  # fmt: skip

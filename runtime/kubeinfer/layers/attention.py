@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kubeinfer.kernels.attention import DecodeWorkspace, paged_attention
+from kubeinfer.kernels.attention import DecodeWorkspace, paged_attention, rope_and_decode
 from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.kernels.rope import rope_and_cache
 from kubeinfer.kernels.shared_prefix import SharedPrefix
@@ -139,13 +139,23 @@ class SelfAttention:
         qkv = projected.view(tokens, -1, self.head_dim)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         cache = step.kv_caches[self.cache_index]
+        out = torch.empty(tokens, self.num_heads, self.head_dim, dtype=q.dtype, device=q.device)
+        q_norm = self.q_norm.weight if self.q_norm else None
+        k_norm = self.k_norm.weight if self.k_norm else None
+        if (
+            step.num_decodes == tokens
+            and step.shared is None
+            and rope_and_decode(
+                q, k, v, step.positions, self.cos_sin, step.slot_mapping, cache, step.seq_lens, step.block_table, out,
+                scale=self.scale, sliding_window=self.window, workspace=step.workspace, q_norm_weight=q_norm,
+                k_norm_weight=k_norm, eps=self._eps,
+            )
+        ):  # fmt: skip
+            return out.view(tokens, -1)
         rope_and_cache(
-            q, k, v, step.positions, self.cos_sin, step.slot_mapping, cache,
-            q_norm_weight=self.q_norm.weight if self.q_norm else None,
-            k_norm_weight=self.k_norm.weight if self.k_norm else None,
+            q, k, v, step.positions, self.cos_sin, step.slot_mapping, cache, q_norm_weight=q_norm, k_norm_weight=k_norm,
             eps=self._eps,
         )  # fmt: skip
-        out = torch.empty(tokens, self.num_heads, self.head_dim, dtype=q.dtype, device=q.device)
         paged_attention(
             q, cache, step.query_start, step.seq_lens, step.block_table, out,
             scale=self.scale, max_query_len=step.max_query_len, max_seq_len=step.max_seq_len,

@@ -222,6 +222,7 @@ def warm_up(runner: ModelRunner, max_tokens: int, noted: bool = False) -> None:
     count = 1
     while count <= min(runner.tables.spare_row, 1024):
         steps.append((count, [min(17, max(2, (max_tokens - count) // count))] * count, False))
+        steps.append((count, [], False))  # as they run without graphs
         if runner.shared_prefixes is not None and count >= MIN_BATCH:
             steps.append((count, [2], True))
         count *= 2
@@ -235,7 +236,7 @@ def warm_up(runner: ModelRunner, max_tokens: int, noted: bool = False) -> None:
             nobody = torch.full((decodes,), -1, dtype=torch.int32, device=runner.device)
             step.shared = SharedPrefix(nobody, torch.zeros_like(nobody))
         wanted = min(decodes + len(chunks), runner.tables.spare_row)
-        if runner.stage.last:
+        if runner.stage.last and chunks:
             step.wanted = torch.arange(wanted, dtype=torch.int32, device=runner.device)
         _forward(runner.model, ids, step, runner.stage, wanted)
     if runner.stage.last:

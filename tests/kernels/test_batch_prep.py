@@ -10,11 +10,10 @@ from kubeinfer.kernels.batch_prep import StepInputs, prepare_decode, step_inputs
 ROWS, MAX_BLOCKS = 11, 300
 
 
-def tables(block_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tables(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     last = torch.randint(0, 50000, (ROWS,))
     blocks = torch.randint(1, 9999, (ROWS, MAX_BLOCKS), dtype=torch.int32)
-    computed = torch.randint(0, MAX_BLOCKS * block_size - 600, (ROWS,), dtype=torch.int32)
-    return last.to(device), blocks.to(device), computed.to(device)
+    return last.to(device), blocks.to(device)
 
 
 def poisoned(tokens: int, seqs: int, device: str) -> StepInputs:
@@ -26,13 +25,14 @@ def poisoned(tokens: int, seqs: int, device: str) -> StepInputs:
 
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_decode(device: str, block_size: int) -> None:
-    last, blocks, computed = tables(block_size, device)
+    last, blocks = tables(device)
     rows = [3, -1, 0, 10, 7, -1]
     out = poisoned(8, 8, device)
     index = torch.tensor(rows, dtype=torch.int32, device=device)
-    prepare_decode(index, last, blocks, computed, block_size, out)
+    starts = torch.randint(0, MAX_BLOCKS * block_size - 600, (len(rows),), dtype=torch.int32)
+    prepare_decode(index, starts.to(device), last, blocks, block_size, out)
     for i, row in enumerate(rows):
-        position = int(computed[row]) if row >= 0 else 0
+        position = int(starts[i]) if row >= 0 else 0
         assert int(out.positions[i]) == position
         assert int(out.input_ids[i]) == (int(last[row]) if row >= 0 else 0)
         assert int(out.seq_lens[i]) == (position + 1 if row >= 0 else 0)
@@ -52,14 +52,11 @@ def test_store_sampled(device: str, size: int) -> None:
     rows = torch.randperm(400)[:size].int()
     rows[torch.rand(size) < 0.3] = -1
     sampled = torch.randint(0, 1000, (size,))
-    last, computed = torch.full((400,), -7), torch.arange(400, dtype=torch.int32)
-    got_last, got_computed = last.to(device, copy=True), computed.to(device, copy=True)
-    store_sampled(rows.to(device), sampled.to(device), got_last, got_computed)
+    last = torch.full((400,), -7)
+    got, out = last.to(device, copy=True), torch.full((size + 3,), -5, device=device)
+    store_sampled(rows.to(device), sampled.to(device), got, out[:size])
     for row, token in zip(rows.tolist(), sampled.tolist(), strict=True):
         if row >= 0:
             last[row] = token
-            computed[row] += 1
-    assert torch.equal(got_last.cpu(), last)
-    assert torch.equal(got_computed.cpu(), computed)
-    store_sampled(rows.to(device), sampled.to(device), got_last)
-    assert torch.equal(got_computed.cpu(), computed)
+    assert torch.equal(got.cpu(), last)
+    assert out.tolist() == [*sampled.tolist(), -5, -5, -5]

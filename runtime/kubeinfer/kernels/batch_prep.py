@@ -1,7 +1,7 @@
 """The step's model inputs, built on the device from tables that live there.
 
 Tables, one row a running request: ``last_tokens`` int64 ``[rows]`` (the last sampled token), ``block_tables`` int32
-``[rows, max_blocks]``, ``computed`` int32 ``[rows]`` (tokens whose keys and values are in the cache).
+``[rows, max_blocks]``.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def step_inputs(max_tokens: int, max_seqs: int, max_blocks: int, device: torch.d
 
 def prepare_decode(
     row_index: Tensor,
+    starts: Tensor,
     last_tokens: Tensor,
     block_tables: Tensor,
-    computed: Tensor,
     block_size: int,
     out: StepInputs,
 ) -> None:
@@ -56,22 +56,23 @@ def prepare_decode(
 
     Args:
         row_index: int32 ``[B]``.
+        starts: int32 ``[B]``, tokens whose keys and values are in the cache.
         block_tables: int32 ``[rows, max_blocks]``, as wide as ``out.block_table``.
         out: its first ``B`` rows are written (one kernel, no host sync).
     """
     if row_index.is_cuda:
         from kubeinfer.kernels.triton_batch_prep import prepare_decode_triton
 
-        prepare_decode_triton(row_index, last_tokens, block_tables, computed, block_size, out)
+        prepare_decode_triton(row_index, starts, last_tokens, block_tables, block_size, out)
         return
-    prepare_decode_reference(row_index, last_tokens, block_tables, computed, block_size, out)
+    prepare_decode_reference(row_index, starts, last_tokens, block_tables, block_size, out)
 
 
 def prepare_decode_reference(
     row_index: Tensor,
+    starts: Tensor,
     last_tokens: Tensor,
     block_tables: Tensor,
-    computed: Tensor,
     block_size: int,
     out: StepInputs,
 ) -> None:
@@ -79,7 +80,7 @@ def prepare_decode_reference(
     size = row_index.shape[0]
     live = row_index >= 0
     rows = row_index.clamp(min=0).long()
-    position = computed[rows].long() * live
+    position = starts.long() * live
     table = block_tables[rows] * live.unsqueeze(1)
     block = table.gather(1, (position // block_size).unsqueeze(1)).squeeze(1)
     out.input_ids[:size] = last_tokens[rows] * live
@@ -89,29 +90,25 @@ def prepare_decode_reference(
     out.block_table[:size] = table
 
 
-def store_sampled(
-    row_index: Tensor, sampled: Tensor, last_tokens: Tensor, computed: Tensor | None = None, advance: int = 1
-) -> None:
-    """``last_tokens[row_index] = sampled``, and ``computed[row_index] += advance`` where ``computed`` is given.
+def store_sampled(row_index: Tensor, sampled: Tensor, last_tokens: Tensor, out: Tensor) -> None:
+    """``last_tokens[row_index] = sampled``, and a copy in the batch's order.
 
     Args:
-        row_index: int32 ``[B]``; negative rows are skipped, no row appears twice.
+        row_index: int32 ``[B]``; negative rows are skipped, no row of a request appears twice.
         sampled: int64 ``[B]``.
+        out: int64 ``[B]``.
     """
     if row_index.is_cuda:
         from kubeinfer.kernels.triton_batch_prep import store_sampled_triton
 
-        store_sampled_triton(row_index, sampled, last_tokens, computed, advance)
+        store_sampled_triton(row_index, sampled, last_tokens, out)
         return
-    store_sampled_reference(row_index, sampled, last_tokens, computed, advance)
+    store_sampled_reference(row_index, sampled, last_tokens, out)
 
 
-def store_sampled_reference(
-    row_index: Tensor, sampled: Tensor, last_tokens: Tensor, computed: Tensor | None = None, advance: int = 1
-) -> None:
+def store_sampled_reference(row_index: Tensor, sampled: Tensor, last_tokens: Tensor, out: Tensor) -> None:
     """`store_sampled` in torch."""
     live = row_index >= 0
     rows = row_index[live].long()
     last_tokens[rows] = sampled[live]
-    if computed is not None:
-        computed[rows] += advance
+    out.copy_(sampled)

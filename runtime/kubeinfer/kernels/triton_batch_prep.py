@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @triton.jit(do_not_specialize=["max_blocks", "stride_from", "stride_to"])
 def _prepare_kernel(
     row_index_ptr,
+    starts_ptr,
     last_tokens_ptr,
     block_tables_ptr,
-    computed_ptr,
     input_ids_ptr,
     positions_ptr,
     slots_ptr,
@@ -36,7 +36,7 @@ def _prepare_kernel(
     i = tl.program_id(0)
     row = tl.load(row_index_ptr + i).to(tl.int64)
     live = row >= 0
-    start = tl.load(computed_ptr + row, mask=live, other=0)
+    start = tl.where(live, tl.load(starts_ptr + i), 0)
     source = block_tables_ptr + row * stride_from
     lanes = tl.arange(0, BLOCK)
     tl.store(seq_lens_ptr + i, tl.where(live, start + 1, 0))
@@ -50,23 +50,13 @@ def _prepare_kernel(
     tl.store(slots_ptr + i, tl.where(live, page * BLOCK_SIZE + start % BLOCK_SIZE, -1))
 
 
-@triton.jit(do_not_specialize=["size", "advance"])
-def _store_kernel(
-    row_index_ptr,
-    sampled_ptr,
-    last_tokens_ptr,
-    computed_ptr,
-    size,
-    advance,
-    BLOCK: tl.constexpr,
-    ADVANCE: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["size"])
+def _store_kernel(row_index_ptr, sampled_ptr, last_tokens_ptr, out_ptr, size, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(row_index_ptr + i, mask=i < size, other=-1).to(tl.int64)
-    live = row >= 0
-    tl.store(last_tokens_ptr + row, tl.load(sampled_ptr + i, mask=live, other=0), mask=live)
-    if ADVANCE:
-        tl.store(computed_ptr + row, tl.load(computed_ptr + row, mask=live, other=0) + advance, mask=live)
+    sampled = tl.load(sampled_ptr + i, mask=i < size, other=0)
+    tl.store(last_tokens_ptr + row, sampled, mask=row >= 0)
+    tl.store(out_ptr + i, sampled, mask=i < size)
 
 
 _PREPARE = Kernel(_prepare_kernel)
@@ -75,9 +65,9 @@ _STORE = Kernel(_store_kernel)
 
 def prepare_decode_triton(
     row_index: Tensor,
+    starts: Tensor,
     last_tokens: Tensor,
     block_tables: Tensor,
-    computed: Tensor,
     block_size: int,
     out: StepInputs,
 ) -> None:
@@ -85,7 +75,7 @@ def prepare_decode_triton(
     _PREPARE.launch(
         (row_index.shape[0], 1, 1),
         (
-            row_index, last_tokens, block_tables, computed, out.input_ids, out.positions,
+            row_index, starts, last_tokens, block_tables, out.input_ids, out.positions,
             out.slot_mapping, out.seq_lens, out.block_table, block_tables.shape[1], block_tables.stride(0),
             out.block_table.stride(0),
         ),
@@ -94,14 +84,12 @@ def prepare_decode_triton(
     )  # fmt: skip
 
 
-def store_sampled_triton(
-    row_index: Tensor, sampled: Tensor, last_tokens: Tensor, computed: Tensor | None, advance: int
-) -> None:
+def store_sampled_triton(row_index: Tensor, sampled: Tensor, last_tokens: Tensor, out: Tensor) -> None:
     """`kubeinfer.kernels.batch_prep.store_sampled` on CUDA tensors."""
     size = row_index.shape[0]
     _STORE.launch(
         (triton.cdiv(size, 256), 1, 1),
-        (row_index, sampled, last_tokens, computed if computed is not None else row_index, size, advance),
-        (256, computed is not None),
+        (row_index, sampled, last_tokens, out, size),
+        (256,),
         4,
     )

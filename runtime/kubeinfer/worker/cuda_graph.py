@@ -143,10 +143,7 @@ class DecodeGraphs:
     def _step(self, size: int, shares: bool) -> None:
         tables, inputs = self.tables, self._inputs
         rows, starts, members, shared_tokens = self._host_inputs[:, :size]
-        tables.computed.index_copy_(0, rows.long(), starts)
-        prepare_decode(
-            rows, tables.last_tokens, tables.block_table_device, tables.computed, self.block_size, inputs
-        )
+        prepare_decode(rows, starts, tables.last_tokens, tables.block_table_device, self.block_size, inputs)
         max_seq_len = inputs.block_table.shape[1] * self.block_size
         # Long before the first attention, which reads it before the kernel before has ended.
         units = None if shares else plan_decodes(inputs.seq_lens, size, max_seq_len, self.kv_caches[0])
@@ -176,8 +173,7 @@ class DecodeGraphs:
             logits, zeros, longs, zeros, zeros, longs, longs,
             any_sampled=False, any_top_k=False, any_top_p=False, any_min_p=False,
         )  # fmt: skip
-        self._tokens[:size].copy_(tokens)
-        store_sampled(rows, tokens, tables.last_tokens)
+        store_sampled(rows, tokens, tables.last_tokens, self._tokens[:size])
 
     def fits(self, batch: int) -> bool:
         return batch <= self.sizes[-1]
@@ -196,12 +192,13 @@ class DecodeGraphs:
         sizes = self.sizes if shared is None else self._shared_sizes  # the largest is the same
         size = sizes[bisect.bisect_left(sizes, batch)]
         fields = 2 if shared is None else 4
-        host = torch.empty(fields, size, dtype=torch.int32, pin_memory=True)
-        array = host.numpy()
+        # Whole rows, though a step reads only their beginning: a part of each would be a copy and a kernel.
+        host = torch.empty(fields, self._host_inputs.shape[1], dtype=torch.int32, pin_memory=True)
+        array = host.numpy()[:, :size]
         array[0, :batch], array[1, :batch] = rows, starts
         array[0, batch:], array[1, batch:] = self.tables.spare_row, 0
         if shared is not None:
             shared.fill(array[2], array[3])
-        self._host_inputs[:fields, :size].copy_(host, non_blocking=True)
+        self._host_inputs[:fields].copy_(host, non_blocking=True)
         self._graphs[size, shared is not None].replay()
         return self._tokens[:batch], self._logits[:batch]

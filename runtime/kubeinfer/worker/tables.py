@@ -39,7 +39,6 @@ class RowTables:
         self.block_table: NDArray[np.int32] = np.zeros((max_rows + 1, max_blocks), np.int32)
         self.version = 0  # counts the plans that gave a row to another request
         self.last_tokens = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
-        self.computed = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
         self._shared = device.type == "cpu"
         self.block_table_device: Tensor = (
             torch.from_numpy(self.block_table)

@@ -248,19 +248,28 @@ class Program:
     def shared_number(self, at: Any) -> Lanes:
         return Lanes(plain(self._shared(at, 1)[0]).view(np.float32))
 
+    def shared_number_of_warps(self, at: Any) -> Lanes:
+        return Lanes(np.int32(one(self._shared(at, 1)[0])))
+
     def put4(self, at: Any, wanted: Any, *words: Any) -> None:
         self._store(Pointer(self.memory, plain(at)), wanted, words)
 
-    put_numbers2 = put_numbers4 = put4
-
-    def put_number(self, at: Any, value: Any) -> None:
-        self._store(Pointer(self.memory, plain(at)), 1, (value,))
+    put_word = put_numbers2 = put_numbers4 = put4
 
     def count_up(self, counter: Pointer) -> Lanes:
         assert self.waited
         at = one(counter.offset)
         counter.array[at] += 1
         return Lanes(np.int32(counter.array[at] - 1))
+
+    def next_number(self, counter: Pointer, wanted: Any, last: int) -> Lanes:
+        assert self.waited
+        found = np.zeros(np.size(plain(wanted)), np.int32)
+        for thread in np.flatnonzero(plain(wanted)):
+            at = one(counter.offset)
+            found[thread] = counter.array[at]
+            counter.array[at] = 0 if counter.array[at] >= last else counter.array[at] + 1
+        return Lanes(found)
 
     # kubeinfer.kernels.triton_mma
 

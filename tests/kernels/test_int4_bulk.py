@@ -82,11 +82,16 @@ def test_products(
         ((2, 4, 1, 2, 0, 1), 1024, 3),  # all is asked for at once, two chunks at a time
         ((1, 4, 2, 1, 1, 0), 1280, 5),  # inputs are read as they are needed
         ((2, 8, 1, 1, 1, 0), 896, 8),
+        (
+            (1, 4, 1, 2, 1, 1),
+            768,
+            2,
+        ),  # more than two tiles a program, of which some are asked for as others end
     ],
 )
 def test_products_in_numpy(form: tuple[int, ...], k: int, tokens: int) -> None:
     """The same, of the kernel's source as numpy runs it: without a GPU, and without Triton."""
-    check_products(bulk_in_numpy(), "cpu", form, 64, k, tokens)
+    check_products(bulk_in_numpy(), "cpu", form, 160 if form[4] else 64, k, tokens)
 
 
 def bulk_in_numpy() -> Any:
@@ -102,9 +107,11 @@ def bulk_in_numpy() -> Any:
             kernel._bulk_kernel(*pointers, *constants)
             assert program.early_copies > 0
 
+    scratch = SimpleNamespace(counters=torch.zeros(4, dtype=torch.int32))
     stand_ins = {
         "triton": named("triton", cdiv=lambda x, y: -(-x // y), next_power_of_2=lambda x: 1 << (x - 1).bit_length()),
         "kubeinfer.kernels.triton_launch": named("launch", processors=lambda device: 3),
+        "kubeinfer.kernels.triton_split": named("split", scratch=lambda device: scratch),
         "kubeinfer.kernels.gluon_int4": named("int4", BULK=SimpleNamespace(launch=launch)),
     }  # fmt: skip
     module = import_with(stand_ins, "triton_int4_bulk")
@@ -150,6 +157,7 @@ def check_products(kernels: Any, device: str, form: tuple[int, ...], n: int, k: 
             given.to(device), weight, bias.to(device), gate, add, out, config, squares, EPS,
             next_scale.to(device) if begins else None,
         )  # fmt: skip
+        assert not kernels.scratch(out.device).counters.any()
         return out, begun
 
     want = x.double() @ plain.T + bias.double()
@@ -206,7 +214,7 @@ def test_one_layer_begins_the_norm_that_the_next_ends(
         from kubeinfer.kernels.triton_launch import runs_gluon
 
         monkeypatch.setattr(
-            triton_int4, "find_bulk_config", lambda m, n, k, kind: Int4BulkConfig(2, 4, 2, 1, 1, 1)
+            triton_int4, "find_bulk_config", lambda m, n, k, kind: Int4BulkConfig(2, 4, 1, 1, 1, 1)
         )
     (first, plain1), (second, plain2) = random_weight(512, 640), random_weight(256, 512)
     first.words, first.meta = first.words.to(device), first.meta.to(device)

@@ -200,6 +200,20 @@ def count_up(counter):
 
 
 @triton.jit
+def next_number(counter, wanted, LAST: tl.constexpr):
+    """Where ``wanted``, what ``counter`` in memory was, which then is one more, or after LAST zero again; else 0."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.b32 p, $2, 0;
+        mov.b32 $0, 0;
+        @p atom.global.inc.u32 $0, [$1], $3;
+        }""",
+        "=&r,l,r,r", [counter, wanted, LAST], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def all_threads(threads):
     """Wait for all threads of the program: what they stored in shared memory can be read then."""
     tl.inline_asm_elementwise(
@@ -233,6 +247,19 @@ def shared_number(at):
 
 
 @triton.jit
+def shared_number_of_warps(at):
+    """A whole number of shared memory, in a way that tells the compiler that a warp's threads have the same."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 found;
+        ld.shared.b32 found, [$1];
+        shfl.sync.idx.b32 $0, found, 0, 0x1F, 0xFFFFFFFF;
+        }""",
+        "=r,r", [at], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def put4(at, wanted, a, b, c, d):
     """Where ``wanted``, four words into shared memory."""
     tl.inline_asm_elementwise(
@@ -243,6 +270,20 @@ def put4(at, wanted, a, b, c, d):
         mov.u32 $0, 0;
         }""",
         "=r,r,r,r,r,r,r", [at, wanted, a, b, c, d], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def put_word(at, wanted, a):
+    """Where ``wanted``, a word into shared memory."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.b32 p, $2, 0;
+        @p st.shared.b32 [$1], $3;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r", [at, wanted, a], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -271,12 +312,4 @@ def put_numbers4(at, wanted, a, b, c, d):
         mov.u32 $0, 0;
         }""",
         "=r,r,r,f,f,f,f", [at, wanted, a, b, c, d], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def put_number(at, a):
-    """An fp32 number into shared memory."""
-    tl.inline_asm_elementwise(
-        "st.shared.f32 [$1], $2; mov.u32 $0, 0;", "=r,r,f", [at, a], dtype=tl.int32, is_pure=False, pack=1
     )  # fmt: skip

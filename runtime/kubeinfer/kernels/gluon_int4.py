@@ -33,14 +33,16 @@ from kubeinfer.kernels.gluon_bulk import (
     copy2,
     copy4,
     init_barrier,
+    next_number,
     put4,
-    put_number,
     put_numbers2,
     put_numbers4,
+    put_word,
     shared2,
     shared4,
     shared_base,
     shared_number,
+    shared_number_of_warps,
     wait_barrier,
     wait_for_kernel_before,
     warp_of,
@@ -48,6 +50,7 @@ from kubeinfer.kernels.gluon_bulk import (
 from kubeinfer.kernels.triton_launch import Kernel
 from kubeinfer.kernels.triton_mma import from_thread, load2, mma, read4, times
 
+_READ = tl.constexpr(10)  # quadruples of inputs that a thread asks for at once
 _UNIT = tl.constexpr(2.0**-69)  # of the sums: 2**64 of the inputs times 2**-133 of the codes
 
 
@@ -124,11 +127,11 @@ def _read_inputs(at, inside, ALWAYS: gl.constexpr):
 def _read_all(
     x_ptr, threads, m, CHUNKS: gl.constexpr, STRIDE_X: gl.constexpr, TOKENS: gl.constexpr, BEGIN: gl.constexpr
 ):  # fmt: skip
-    """Of all inputs, of four words each, up to eight places from BEGIN on for every thread; zeros past the end."""
+    """Of all inputs, of four words each, up to _READ places from BEGIN on for every thread; zeros past the end."""
     T: gl.constexpr = threads.shape[0]
     ITEMS: gl.constexpr = CHUNKS * 16 * TOKENS
     found = ()
-    for turn in gl.static_range(BEGIN, min(BEGIN + 8, (ITEMS + T - 1) // T)):
+    for turn in gl.static_range(BEGIN, min(BEGIN + _READ, (ITEMS + T - 1) // T)):
         item = turn * T + threads
         inside = (item < ITEMS).to(gl.int32)
         at = x_ptr + gl.minimum(item // 4 % TOKENS, m - 1) * STRIDE_X
@@ -147,11 +150,11 @@ def _hold(
     T: gl.constexpr = 32 * WARPS
     ITEMS: gl.constexpr = CHUNKS * 16 * TOKENS
     TURNS: gl.constexpr = (ITEMS + T - 1) // T
-    for begin in gl.static_range(0, TURNS, 8):
+    for begin in gl.static_range(0, TURNS, _READ):
         if begin > 0:
             read = _read_all(x_ptr, threads, m, CHUNKS, STRIDE_X, TOKENS, begin)
         scaled = _scaled(read)
-        for turn in gl.static_range(begin, min(begin + 8, TURNS)):
+        for turn in gl.static_range(begin, min(begin + _READ, TURNS)):
             item = turn * T + threads
             part = scaled[4 * (turn - begin) : 4 * (turn - begin) + 4]
             put4(to + item * 16, (item < ITEMS).to(gl.int32), part[0], part[1], part[2], part[3])
@@ -189,7 +192,7 @@ def _put_squares(
         at = squares_ptr + part * STRIDE + threads % QUADS * 4
         found = found + (read4(at, (part < PARTS).to(gl.int32), (turn + 1) * EACH <= PARTS),)
     sums = ()
-    for i in gl.static_range(4):
+    for i in gl.static_range(min(4, TOKENS)):
         total = found[0][i].to(gl.float32, bitcast=True)
         for turn in gl.static_range(1, TURNS):
             total += found[turn][i].to(gl.float32, bitcast=True)
@@ -198,7 +201,12 @@ def _put_squares(
         sums = sums + (total,)
     lane = threads % 32
     put_numbers4(
-        to + threads // 32 * 32 + lane * 16, (lane < QUADS).to(gl.int32), sums[0], sums[1], sums[2], sums[3]
+        to + threads // 32 * 32 + lane * 16,
+        (lane < QUADS).to(gl.int32),
+        sums[0],
+        sums[1 % len(sums)],
+        sums[2 % len(sums)],
+        sums[3 % len(sums)],
     )
 
 
@@ -222,13 +230,13 @@ def _ask(
 
 @gluon.jit(do_not_specialize=["m", "eps"])
 def _bulk_kernel(
-    x_ptr, words_ptr, meta_ptr, bias_ptr, out_ptr, squares_ptr, next_norm_ptr, next_scaled_ptr, next_squares_ptr, m, eps,
+    x_ptr, words_ptr, meta_ptr, bias_ptr, out_ptr, squares_ptr, next_norm_ptr, next_scaled_ptr, next_squares_ptr, counter_ptr, m, eps,
     N: gl.constexpr, K: gl.constexpr, STRIDE_X: gl.constexpr, STRIDE_OUT: gl.constexpr, GATED: gl.constexpr,
     HAS_BIAS: gl.constexpr, ADD: gl.constexpr, NORM_PARTS: gl.constexpr, STRIDE_SQUARES: gl.constexpr,
     NEXT_NORM: gl.constexpr, STRIDE_NEXT_SQUARES: gl.constexpr, PROGRAMS: gl.constexpr, TOKENS: gl.constexpr,
     TILES: gl.constexpr, WARPS: gl.constexpr, SLOTS: gl.constexpr, PIECE: gl.constexpr, HELD: gl.constexpr,
     RING: gl.constexpr, X: gl.constexpr, SUMS: gl.constexpr, PARTS: gl.constexpr, SQUARES: gl.constexpr,
-    BARRIERS: gl.constexpr, BYTES: gl.constexpr,
+    UNIT: gl.constexpr, BARRIERS: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     OWN: gl.constexpr = TILES // 2 if GATED else TILES
     CHUNKS: gl.constexpr = K // 128
@@ -236,8 +244,14 @@ def _bulk_kernel(
     STEPS: gl.constexpr = (CHUNKS + WARPS * PIECE - 1) // (WARPS * PIECE) * PIECE
     EVEN: gl.constexpr = STEPS * WARPS == CHUNKS
     UNITS: gl.constexpr = N // (16 * OWN)
-    ONCE: gl.constexpr = PROGRAMS >= UNITS and SLOTS * PIECE >= STEPS  # all is asked for at first
+    AHEAD: gl.constexpr = SLOTS * PIECE  # steps that are asked for before
+    ONCE: gl.constexpr = PROGRAMS >= UNITS and AHEAD >= STEPS  # all is asked for at first
+    SHARED_OUT: gl.constexpr = max(UNITS - 2 * PROGRAMS, 0)  # units after each program's first two
+    # Each program asks for one more until there is none: so often in all.
+    ASKED: gl.constexpr = SHARED_OUT + min(PROGRAMS, max(UNITS - PROGRAMS, 0))
     CHAINS: gl.constexpr = 2 if TILES == 1 else 1
+    PAIRS: gl.constexpr = (TOKENS + 1) // 2  # of tokens, of which a thread has one
+    SUM: gl.constexpr = 16 * (8 * PAIRS + 1)  # bytes of a tile's
     T: gl.constexpr = 32 * WARPS
     SLOT: gl.constexpr = PIECE * TILES * 1088
     L: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -256,20 +270,13 @@ def _bulk_kernel(
     first = gl.minimum(warp * STEPS, CHUNKS)
     count = gl.minimum(CHUNKS - first, STEPS)
     leader = gl.full([T], 1, gl.int32, L)
-    unit_ahead = program
-    step_ahead = program * 0
-    for slot in range(SLOTS):
-        chunk = unit_ahead * (OWN * CHUNKS) + first + step_ahead
-        wanted = (step_ahead < count).to(gl.int32)
-        asked = leader * (unit_ahead < UNITS).to(gl.int32)
+    for slot in range(min(SLOTS, STEPS // PIECE)):
+        chunk = program * (OWN * CHUNKS) + first + slot * PIECE
+        wanted = (slot * PIECE < count).to(gl.int32)
         _ask(
-            asked, wanted, barrier_at + slot * 8, ring_at + slot * SLOT, leader, chunk * 256, chunk * 16, words_ptr, meta_ptr,
+            leader, wanted, barrier_at + slot * 8, ring_at + slot * SLOT, leader, chunk * 256, chunk * 16, words_ptr, meta_ptr,
             TILES, OWN, N // 16, CHUNKS, PIECE,
         )  # fmt: skip
-        step_ahead += PIECE
-        if step_ahead >= STEPS:
-            step_ahead = program * 0
-            unit_ahead += PROGRAMS
     wait_for_kernel_before(threads)
 
     # Where the program ends a tile: threads are rows and tokens.
@@ -277,7 +284,10 @@ def _bulk_kernel(
     token = threads // 16
     inside = token < m
     own_token = gl.minimum(token, 7)
-    part_at = base + PARTS + ((row // 8 * 2 + own_token % 2) * 33 + row % 8 * 4 + own_token // 2) * 4
+    summed = gl.minimum(token, TOKENS - 1)
+    part_at = (
+        base + PARTS + ((row // 8 * 2 + summed % 2) * (8 * PAIRS + 1) + row % 8 * PAIRS + summed // 2) * 4
+    )
 
     place = lane % 4
     if HELD:
@@ -305,7 +315,9 @@ def _bulk_kernel(
     phase = program * 0
     other = program * 0  # of the two places for parts of sums
     nothing = gl.zeros([T], gl.float32, L)
-    for unit in range(program, UNITS, PROGRAMS):
+    unit = program
+    following = program + PROGRAMS
+    while unit < UNITS:
         # What is added in the end is asked for before.
         biases = ()
         before = ()
@@ -322,9 +334,17 @@ def _bulk_kernel(
             if NEXT_NORM:
                 norms = norms + (gl.load(next_norm_ptr + column).to(gl.float32),)
         totals = (nothing,) * (4 * TILES)
+        after = gl.zeros([T], gl.int32, L)  # in the program's first thread, which unit is after the following
         for turn in range(STEPS // PIECE):
             wait_barrier(barrier_at + slot * 8, gl.full([T], 0, gl.int32, L) + phase)
             seen = leader
+            if ASKED > 0:  # late in the unit, so that who is slower than others gets fewer
+                last = (turn == STEPS // PIECE - 1) & (following < UNITS)
+                after = next_number(counter_ptr, ((threads == 0) & last).to(gl.int32), ASKED - 1)
+            # What comes in the place of the piece that is read now, in this unit or in the following.
+            step_ahead = turn * PIECE + AHEAD
+            unit_ahead = gl.where(step_ahead < STEPS, unit, following)
+            step_ahead = gl.where(step_ahead < STEPS, step_ahead, step_ahead - STEPS)
             for piece in range(PIECE):
                 step = turn * PIECE + piece
                 at = ring_at + slot * SLOT + piece * 1024 + lane * 16
@@ -380,23 +400,26 @@ def _bulk_kernel(
             if slot == SLOTS:
                 slot = program * 0
                 phase = phase ^ 1
-            if not ONCE:
-                step_ahead += PIECE
-                if step_ahead >= STEPS:
-                    step_ahead = program * 0
-                    unit_ahead += PROGRAMS
-        put_at = base + PARTS + other * (WARPS * TILES * 528) + warp * (TILES * 528) + lane * 4
-        for i in gl.static_range(4 * TILES):
-            put_number(put_at + i * 132, totals[i])
+        put_at = (
+            base
+            + PARTS
+            + other * (WARPS * TILES * SUM)
+            + warp * (TILES * SUM)
+            + (lane // 4 * PAIRS + place) * 4
+        )
+        for i in gl.static_range(0, 4 * TILES, 1 if TOKENS > 1 else 2):
+            put_word(
+                put_at + i * (SUM // 4), (place < PAIRS).to(gl.int32), totals[i].to(gl.int32, bitcast=True)
+            )
+        if ASKED > 0:
+            put_word(base + UNIT + other * 4, (threads == 0).to(gl.int32), after)
         all_threads(threads)
         results = ()
         for r in gl.static_range(TILES):
-            result = shared_number(part_at + other * (WARPS * TILES * 528) + r * 528)
+            result = shared_number(part_at + other * (WARPS * TILES * SUM) + r * SUM)
             for w in gl.static_range(1, WARPS):
-                result += shared_number(part_at + other * (WARPS * TILES * 528) + (w * TILES + r) * 528)
+                result += shared_number(part_at + other * (WARPS * TILES * SUM) + (w * TILES + r) * SUM)
             results = results + (result * factor,)
-        if UNITS > PROGRAMS:
-            other = other ^ 1
         for r in gl.static_range(OWN):
             column = (unit * OWN + r) * 16 + row
             result = results[r]
@@ -421,6 +444,11 @@ def _bulk_kernel(
                     square += from_thread(square, lane ^ (1 << i))
                 square_at = next_squares_ptr + (unit * OWN + r) * STRIDE_NEXT_SQUARES + own_token
                 gl.store(square_at, square, mask=(row == 0) & (token < 8))
+        unit = following
+        if ASKED > 0:
+            shared_at = shared_base(program) + UNIT + other * 4
+            following = gl.where(following < UNITS, shared_number_of_warps(shared_at) + 2 * PROGRAMS, UNITS)
+            other = other ^ 1
 
 
 BULK = Kernel(_bulk_kernel)

@@ -18,6 +18,7 @@ from kubeinfer.kernels import tuned
 from kubeinfer.kernels.int4 import CHUNK, ROWS, Int4Weight
 from kubeinfer.kernels.norm import NormBegun
 from kubeinfer.kernels.triton_launch import processors, runs_gluon
+from kubeinfer.kernels.triton_split import scratch
 
 MAX_TOKENS = 8
 _MOST_SHARED = 227 << 10  # bytes that a program may have on Hopper
@@ -38,7 +39,8 @@ class Int4BulkConfig:
 
 
 def layout_of(k: int, tokens: int, config: Int4BulkConfig, once: bool = False) -> tuple[int, ...]:
-    """Where in shared memory things are (weights, inputs, their sums, the tiles' sums, squares, barriers), and its size.
+    """Where in shared memory things are (weights, inputs, their sums, the tiles' sums, squares, which tiles are next, barriers), and
+    its size.
 
     ``once``: programs take tiles only once.
     """
@@ -49,8 +51,9 @@ def layout_of(k: int, tokens: int, config: Int4BulkConfig, once: bool = False) -
         warps * config.slots * config.piece * config.tiles * 1088,
         held * 256 * tokens if config.held else 0,
         groups * 32 if config.held else 0,
-        (1 if once else 2) * warps * config.tiles * 528,
+        (1 if once else 2) * warps * config.tiles * 16 * (8 * triton.cdiv(tokens, 2) + 1),
         warps * 32,
+        8,
         warps * config.slots * 8,
     )
     found, at = [], 16
@@ -61,8 +64,10 @@ def layout_of(k: int, tokens: int, config: Int4BulkConfig, once: bool = False) -
 
 
 def fits(m: int, n: int, k: int, gated: bool, config: Int4BulkConfig) -> bool:
-    """Whether whole tiles and pieces come out, which have room in shared memory."""
+    """Whether whole tiles and pieces come out, which have room in shared memory; and where programs take several tiles, that they
+    have asked for no more than one."""
     own = config.tiles // 2 if gated else config.tiles
+    pieces = triton.cdiv(k // CHUNK, config.num_warps * config.piece)  # of a warp, in a tile
     return (
         0 < m <= MAX_TOKENS
         and k % CHUNK == 0
@@ -71,7 +76,7 @@ def fits(m: int, n: int, k: int, gated: bool, config: Int4BulkConfig) -> bool:
         and n % (ROWS * own) == 0
         and k // CHUNK % config.piece == 0
         and config.num_warps >= 4
-        and config.slots <= 32
+        and config.slots <= (pieces if config.per_processor else 32)
         and layout_of(k, triton.next_power_of_2(m), config)[-1] <= _MOST_SHARED
     )
 
@@ -124,7 +129,7 @@ def int4_bulk_triton(
     args = (
         x, weight.words, weight.meta, bias if bias is not None else x, out, x if squares is None else squares,
         x if next_norm is None else next_norm, x if begun is None else begun.scaled, x if begun is None else begun.squares,
-        m, eps,
+        scratch(x.device).counters, m, eps,
     )  # fmt: skip
     constants = (
         n, k, x.stride(0), out.stride(0), gated, bias is not None, add, 0 if squares is None else squares.shape[0],

@@ -12,10 +12,13 @@ numbers of 2**-133 or 2**-129 a unit, which spares half of the shifts. The input
 that magnitudes from 2**-57 to 2**63 keep all bits. Whether tensor cores take subnormal numbers as they are is not written
 anywhere: it was seen on an H200, and the kernel is only for its generation.
 
-Each warp is a stream of its own: it has chunks of 128 inputs that follow each other, and of the tiles of rows that come one
-after the other (UNITS, every PROGRAMS-th) those chunks' weights, in a ring of SLOTS pieces of PIECE chunks. It waits for a piece
+Each warp is a stream of its own: it has chunks of 128 inputs that follow each other, and of the tiles of rows (UNITS) that come one
+after the other those chunks' weights, in a ring of SLOTS pieces of PIECE chunks. It waits for a piece
 at the piece's barrier, reads it, and asks for what follows in its place. The first pieces are asked for before the kernel
 before has ended. At a tile's end the warps' sums meet in shared memory: one barrier, as there are two places for them in turns.
+
+Programs are not equally fast. Where each takes several tiles, its first two are its own, and for any other it asks a counter in
+memory while it works on the tile before the last that it knows: the number is there when the ring asks for that tile's weights.
 
 Inputs are prepared once where they are used for several tiles (HELD): multiplied by the powers of two, laid out as threads
 read them, with their sums over each chunk. Else a thread reads its part of them a chunk ahead.

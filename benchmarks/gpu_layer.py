@@ -112,6 +112,7 @@ def tune(tokens: int) -> dict[str, Int4BulkConfig]:
 
     def layer_time() -> float:
         run = partial(run_int4, layers, residual)
+        torch.cuda.synchronize()  # the graph is captured on another stream
         return 1e3 * float(do_bench_cudagraph(run, rep=20, return_mode="median")) / len(layers)
 
     def result() -> Tensor:
@@ -175,6 +176,7 @@ def main() -> None:
         layers = [Layer(make) for _ in range(count)]
         for tokens in map(int, args.tokens.split(",")):
             residual = torch.randn(tokens, _HIDDEN, device="cuda", dtype=torch.bfloat16)
+            torch.cuda.synchronize()
             times = do_bench_cudagraph(partial(run, layers, residual), rep=30, return_mode="median")
             print(f"{kind} {tokens:3} tokens {1e3 * times / count:7.1f} us a layer", flush=True)
 

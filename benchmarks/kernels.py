@@ -12,6 +12,7 @@ cache, as they do between the kernels of a step, so their share of the copy can 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import time
@@ -35,6 +36,7 @@ from kubeinfer.kernels.rope import rope_and_cache
 from kubeinfer.kernels.sampling import apply_penalties, logprobs, sample
 from kubeinfer.kernels.shared_prefix import SharedPrefix
 from kubeinfer.kernels.triton_launch import runs_gluon
+from kubeinfer.kernels.triton_rope_decode import rope_decode_triton
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
@@ -230,6 +232,61 @@ def decode_kernels(block_size: int) -> None:
         print(f"{name:34} {took[0]:8.1f} us {took[1]:8.1f} us {1 - took[1] / took[0]:7.1%}", flush=True)
 
 
+def few_rows(block_size: int) -> None:
+    """Rotation, cache write and attention of few rows of the 7B shape, by two kernels and by one: the engine takes one of up to
+    four rows."""
+    print("\nfew rows, 28:4 x 128, rotated, written and attended to -> us: two kernels, one")
+    for rows, context in itertools.product((1, 4, 8, 16), (200, 700, 2500)):
+        # Caches that together are larger than the L2 cache, as a step's weights would have it.
+        count = max(2, min(64, (128 << 20) // (rows * context * 4 * 128 * 4)))
+        runs = [few_rows_run([context] * rows, block_size) for _ in range(count)]
+        two, one = microseconds(*(run[0] for run in runs)), microseconds(*(run[1] for run in runs))
+        print(f"{rows:4} x {context:<5} {two:8.2f} {one:8.2f} {one / two - 1:+.1%}")
+
+
+def few_rows_run(contexts: list[int], block_size: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    cache, table = paged_cache(contexts, 4, 128, block_size)
+    lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    places = lens - 1
+    start = torch.arange(len(contexts) + 1, dtype=torch.int32, device=DEVICE)
+    blocks = table.gather(1, (places // block_size).long()[:, None])[:, 0]
+    slots = (blocks * block_size + places % block_size).int()
+    cos_sin = torch.randn(max(contexts), 128, device=DEVICE)
+    q, k, v = torch.randn(len(contexts), 36, 128, device=DEVICE, dtype=BF16).split((28, 4, 4), 1)
+    out = torch.empty(len(contexts), 28, 128, device=DEVICE, dtype=BF16)
+    workspace = decode_workspace(len(contexts), 28, 4, 128, DEVICE)
+
+    def two() -> None:
+        rope_and_cache(q, k, v, places, cos_sin, slots, cache)
+        paged_attention(
+            q, cache, start, lens, table, out, scale=128**-0.5, max_query_len=1, max_seq_len=max(contexts),
+            workspace=workspace,
+        )  # fmt: skip
+
+    def one() -> None:
+        rope_decode_triton(
+            q,
+            k,
+            v,
+            places,
+            cos_sin,
+            slots,
+            cache,
+            lens,
+            table,
+            out,
+            None,
+            None,
+            1e-6,
+            128**-0.5,
+            0,
+            0.0,
+            workspace,
+        )
+
+    return two, one
+
+
 def pointwise(table: Table, tokens: int, block_size: int) -> None:
     for width, inner in ((896, 4864), (3584, 18944)):
         x = torch.randn(tokens, width, device=DEVICE, dtype=BF16)
@@ -348,6 +405,7 @@ def main() -> None:
     attention(table, block_size)
     if runs_gluon():
         decode_kernels(block_size)
+    few_rows(block_size)
     print("\nothers: tokens -> us, share of copy")
     for tokens in (64, 8192):
         pointwise(table, tokens, block_size)
@@ -358,11 +416,12 @@ def main() -> None:
     rows = torch.arange(256, dtype=torch.int32, device=DEVICE)
     tables = torch.zeros(1024, 512, dtype=torch.int32, device=DEVICE)
     last = torch.zeros(1024, dtype=torch.int64, device=DEVICE)
-    computed = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
+    starts = torch.zeros(256, dtype=torch.int32, device=DEVICE)
     inputs = step_inputs(256, 256, 512, DEVICE)
-    prepare = partial(prepare_decode, rows, last, tables, computed, block_size, inputs)
+    prepare = partial(prepare_decode, rows, starts, last, tables, block_size, inputs)
     table.row("prepare_decode 256", 2 * 256 * 512 * 4, prepare)
-    table.row("store_sampled 256", 256 * 24, partial(store_sampled, rows, last[:256], last, computed))
+    sampled = torch.empty_like(last[:256])
+    table.row("store_sampled 256", 256 * 28, partial(store_sampled, rows, last[:256], last, sampled))
     print("\nhost time of one call (launches queued, nothing waited for)")
     host_costs(block_size)
 

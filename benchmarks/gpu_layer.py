@@ -1,11 +1,11 @@
-"""Times a decoder layer's four products one after the other, as a model runs them, in 16 bits and in 4.
+"""Times a decoder layer of decode rows, as a model runs it, in 16 bits and in 4.
 
     PYTHONPATH=runtime python3 benchmarks/gpu_layer.py [--tokens 1,2,4,8,16,32] [--kinds bf16,int4]
     PYTHONPATH=runtime python3 benchmarks/gpu_layer.py --tune 1,8
 
 Microseconds a layer of the 7B shape, in replayed graphs of several layers whose weights are several times the L2 cache. Kernels
 of few tokens begin while the one before ends: what a product costs beside the others is not what it costs alone
-(`gpu_linear.py`, `gpu_quantized.py`). Attention is left out: the output projection reads part of the projected queries.
+(`gpu_linear.py`, `gpu_quantized.py`). Each token is the newest of a row with a context of 384.
 
 ``--tune`` chooses the 4-bit kernel of bulk copies for so many tokens by that: product by product, the configuration with which
 the whole layer takes least time, each checked before. It prints the entries of the tuned table.
@@ -14,6 +14,7 @@ the whole layer takes least time, each checked before. It prints the entries of 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -28,12 +29,16 @@ from triton.testing import do_bench_cudagraph
 from gpu_linear import Product
 from gpu_quantized import int4_weights
 from kubeinfer.kernels import int4, triton_int4
+from kubeinfer.kernels.attention import decode_workspace, paged_attention, rope_and_decode
 from kubeinfer.kernels.compile_ahead import compile_launches, noted_launches
 from kubeinfer.kernels.fused_linear import add_linear_before_norm, gated_linear, norm_linear
 from kubeinfer.kernels.int4 import Int4Weight
+from kubeinfer.kernels.rope import rope_and_cache
 from kubeinfer.kernels.triton_int4_bulk import Int4BulkConfig, fits
 
 _HIDDEN, _QKV, _INNER = 3584, 4608, 18944
+_HEADS, _KV_HEADS, _HEAD_DIM, _BLOCK_SIZE, _CONTEXT, _MOST_ROWS = 28, 4, 128, 16, 384, 32
+_BLOCKS = _CONTEXT // _BLOCK_SIZE
 _EPS = 1e-6
 
 
@@ -46,20 +51,56 @@ def int4_weight(rows: int, k: int) -> Int4Weight:
 
 
 class Layer:
-    """Products as ``make(rows, k)`` makes them, the bias of the first, and the norms before queries and before gates."""
+    """Products as ``make(rows, k)`` makes them, the bias of the first, the norms before queries and before gates, and the cache."""
 
     def __init__(self, make: Callable[[int, int], Any]):
         self.qkv, self.bias = make(_QKV, _HIDDEN), random(_QKV)
         self.out = make(_HIDDEN, _HIDDEN)
         self.gate_up, self.down = make(2 * _INNER, _HIDDEN), make(_HIDDEN, _INNER)
         self.norm, self.mlp_norm = random(_HIDDEN) + 1, random(_HIDDEN) + 1
+        self.cache = random(2, _MOST_ROWS * _BLOCKS, _KV_HEADS, _BLOCK_SIZE, _HEAD_DIM)
+
+
+class Rows:
+    """What a step tells every layer of so many decode rows."""
+
+    def __init__(self, count: int):
+        def ints(values: Tensor) -> Tensor:
+            return values.int().to("cuda")
+
+        self.table = ints(torch.randperm(_MOST_ROWS * _BLOCKS)[: count * _BLOCKS].view(count, _BLOCKS))
+        self.seq_lens = ints(torch.full((count,), _CONTEXT))
+        self.positions = self.seq_lens - 1
+        self.slots = self.table[:, -1] * _BLOCK_SIZE + (_BLOCK_SIZE - 1)
+        self.starts = ints(torch.arange(count + 1))
+        self.cos_sin = torch.randn(_CONTEXT, _HEAD_DIM, device="cuda")
+        self.workspace = decode_workspace(count, _HEADS, _KV_HEADS, _HEAD_DIM, "cuda")
+
+
+rows_of = functools.cache(Rows)
+
+
+def attend(projected: Tensor, cache: Tensor) -> Tensor:
+    """``[T, (Hq + 2 Hkv) D]`` -> ``[T, Hq D]``."""
+    step, scale = rows_of(len(projected)), _HEAD_DIM**-0.5
+    q, k, v = projected.view(len(projected), -1, _HEAD_DIM).split((_HEADS, _KV_HEADS, _KV_HEADS), 1)
+    out = torch.empty_like(q)
+    rows = (q, k, v, step.positions, step.cos_sin, step.slots, cache)
+    if not rope_and_decode(*rows, step.seq_lens, step.table, out, scale=scale, workspace=step.workspace):
+        rope_and_cache(*rows)
+        paged_attention(
+            q, cache, step.starts, step.seq_lens, step.table, out, scale=scale, max_query_len=1, max_seq_len=_CONTEXT,
+            workspace=step.workspace,
+        )  # fmt: skip
+    return out.view(len(projected), -1)
 
 
 def run_bf16(layers: list[Layer], residual: Tensor) -> None:
     begun = None
     for layer, following in zip(layers, [*layers[1:], layers[0]], strict=True):
         x = norm_linear(residual, layer.norm, _EPS, layer.qkv, layer.bias, None, begun)
-        begun = add_linear_before_norm(residual, x[:, :_HIDDEN], layer.out, None, None, layer.mlp_norm)
+        x = attend(x, layer.cache)
+        begun = add_linear_before_norm(residual, x, layer.out, None, None, layer.mlp_norm)
         y = gated_linear(residual, layer.gate_up, None, None, layer.mlp_norm, _EPS, begun)
         begun = add_linear_before_norm(residual, y, layer.down, None, None, following.norm)
 
@@ -69,7 +110,8 @@ def run_int4(layers: list[Layer], residual: Tensor) -> None:
     begun = None
     for layer, following in zip(layers, [*layers[1:], layers[0]], strict=True):
         x = int4.int4_linear(residual, layer.qkv, layer.bias, layer.norm, _EPS, begun=begun)
-        begun = int4.int4_add_before_norm(residual, x[:, :_HIDDEN], layer.out, None, layer.mlp_norm)
+        x = attend(x, layer.cache)
+        begun = int4.int4_add_before_norm(residual, x, layer.out, None, layer.mlp_norm)
         y = int4.int4_linear(residual, layer.gate_up, None, layer.mlp_norm, _EPS, gated=True, begun=begun)
         begun = int4.int4_add_before_norm(residual, y, layer.down, None, following.norm)
 

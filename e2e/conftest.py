@@ -75,12 +75,23 @@ def own_cluster() -> bool:
     return bool(os.environ.get("KUBEINFER_E2E_OWN_CLUSTER"))
 
 
+def wait_for_the_run_before(kube: Kube) -> None:
+    """A run deletes its namespaces and does not wait for it; in one that is leaving nothing can be made."""
+
+    def leaving() -> bool:
+        namespace = kube.get("namespace", kube.namespace)
+        return namespace is not None and "deletionTimestamp" in namespace["metadata"]
+
+    poll(f"the namespace {kube.namespace} of the run before is gone", lambda: not leaving(), 180, every=1)
+
+
 @pytest.fixture(scope="session")
 def system() -> Iterator[Kube]:
     kube = Kube(SYSTEM)
     poll(
         "the API server answers (is KUBECONFIG set?)", lambda: kube.run("get", "--raw", "/readyz") or None, 20
     )
+    wait_for_the_run_before(kube)
     yield kube
     if not KEEP:
         kube.run("delete", "namespace", SYSTEM, "--ignore-not-found", "--wait=false", check=False)
@@ -90,6 +101,7 @@ def system() -> Iterator[Kube]:
 def work(system: Kube) -> Iterator[Kube]:
     """The namespace of the models, the hub and the client."""
     kube = Kube(WORK)
+    wait_for_the_run_before(kube)
     kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": WORK}})
     yield kube
     if not KEEP:
@@ -130,6 +142,21 @@ def client(work: Kube, release: Release) -> Client:
 @pytest.fixture(scope="session")
 def models(work: Kube, release: Release) -> Models:
     return Models(work)
+
+
+@pytest.fixture(scope="session")
+def shared_weights(models: Models) -> str:
+    """A claim for models whose weights need not be fetched for each of them."""
+    name = "shared-weights"
+    models.kube.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": name},
+            "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
+        }
+    )
+    return name
 
 
 @pytest.fixture(scope="session")

@@ -109,10 +109,10 @@ def test_operator_killed_in_the_middle_of_a_change(
 
 
 def test_stopped_operator_blocks_nothing(
-    served: str, models: Models, release: Release, client: Client
+    served: str, models: Models, release: Release, client: Client, shared_weights: str
 ) -> None:
     """No operator: requests are served, and `kubectl delete` takes the model and all that is its away."""
-    spec = manifest("orphan", storage={"existingClaim": "shared-weights"})
+    spec = manifest("orphan", storage={"existingClaim": shared_weights})
     models.kube.apply(spec)
     models.wait_ready("orphan")
     release.kube.run("scale", "deployment/kubeinfer-operator", "--replicas=0")

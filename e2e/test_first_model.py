@@ -90,16 +90,9 @@ def test_answers_through_its_own_service(model: Object, client: Client) -> None:
     assert name in {entry["id"] for entry in json.loads(answer["text"])["data"]}
 
 
-def test_apply_to_first_token(models: Models, client: Client, hub: Hub) -> None:
+def test_apply_to_first_token(models: Models, client: Client, hub: Hub, shared_weights: str) -> None:
     """With images and weights present: at most 20 s on 2 cores."""
-    claim = {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": {"name": "shared-weights"},
-        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
-    }
-    models.kube.apply(claim)
-    shared = manifest("warm", storage={"existingClaim": "shared-weights"})
+    shared = manifest("warm", storage={"existingClaim": shared_weights})
     with models.temporary(shared) as name:
         models.wait_ready(name)
     models.wait_gone(name)

@@ -16,7 +16,7 @@ QUEUE = 6
 
 
 @pytest.fixture(scope="module")
-def sleeper(models: Models, release: Release) -> Iterator[str]:
+def sleeper(models: Models, release: Release, shared_weights: str) -> Iterator[str]:
     """A model that sleeps after some seconds without a request; the gateways queue few requests, one gateway only."""
     small = {
         "replicas": 1,
@@ -26,7 +26,7 @@ def sleeper(models: Models, release: Release) -> Iterator[str]:
     release.install(gateway=small)
     release.wait_ready("gateway", 1)
     scaling = {"minReplicas": 0, "maxReplicas": 1, "scaleToZeroDelay": 3, "scaleDownDelay": 1}
-    spec = manifest("sleeper", autoscaling=scaling, storage={"existingClaim": "shared-weights"})
+    spec = manifest("sleeper", autoscaling=scaling, storage={"existingClaim": shared_weights})
     with models.temporary(spec) as name:
         yield name
     release.install()
@@ -67,14 +67,16 @@ def test_beyond_the_queue_429_at_once(sleeper: str, models: Models, client: Clie
         assert int(result["headers"]["retry-after"]) >= 1
 
 
-def test_past_the_deadline_503(sleeper: str, models: Models, client: Client, release: Release) -> None:
+def test_past_the_deadline_503(
+    sleeper: str, models: Models, client: Client, release: Release, shared_weights: str
+) -> None:
     """A model that cannot wake (no node has room) answers 503 when the time is up."""
     release.install(gateway={"replicas": 1, "extraArgs": ["--queue-timeout=3"], "shutdownTimeout": 60})
     spec = manifest(
         "never",
         autoscaling={"minReplicas": 0, "maxReplicas": 1, "scaleToZeroDelay": 3},
         resources={"requests": {"cpu": "1000"}},
-        storage={"existingClaim": "shared-weights"},
+        storage={"existingClaim": shared_weights},
     )
     with models.temporary(spec) as name:
         models.wait(

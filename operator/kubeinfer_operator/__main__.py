@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import sys
 import tempfile
 
@@ -41,13 +40,11 @@ def _prepare_for_hubs(settings: Settings) -> None:
 
 
 async def _run(settings: Settings) -> int:
-    from kubeinfer_operator.app import Operator
+    from kubeinfer_operator.app import Operator, stop_on_signals
     from kubeinfer_operator.kube import Kube
 
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop_on_signals(stop)
     await Operator(settings, await Kube.connect()).run(stop)
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 from contextlib import suppress
 from typing import Any
 
@@ -42,6 +43,13 @@ logger = logging.getLogger("kubeinfer.operator")
 
 SILENCE_SECONDS = WATCH_SECONDS + 120
 STUCK_SECONDS = 300.0
+
+
+def stop_on_signals(stop: asyncio.Event) -> None:
+    """SIGTERM and SIGINT set ``stop``, in place of whatever they did before."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
 
 
 class Operator:
@@ -197,7 +205,7 @@ class Operator:
         return True
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until ``stop``. A part that ends early ends the process: Kubernetes starts it anew."""
+        """Until ``stop``, which signals set too. A part that ends early ends the process: Kubernetes starts it anew."""
         runner = await self._serve()
         tasks: list[asyncio.Task[Any]] = []
         try:
@@ -218,23 +226,23 @@ class Operator:
                 return
             ready = asyncio.Event()
             namespaces = self.settings.watch_namespaces
-            tasks.append(
-                asyncio.create_task(
-                    kopf.operator(
-                        registry=make_registry(self.controller),
-                        settings=make_settings(),
-                        standalone=True,
-                        clusterwide=not namespaces,
-                        namespaces=namespaces,
-                        ready_flag=ready,
-                        stop_flag=stop,
-                    )
-                )
+            others = asyncio.all_tasks()
+            of_kopf = await kopf.spawn_tasks(
+                registry=make_registry(self.controller),
+                settings=make_settings(),
+                standalone=True,
+                clusterwide=not namespaces,
+                namespaces=namespaces,
+                ready_flag=ready,
+                stop_flag=stop,
             )
-            tasks.append(asyncio.create_task(self._resync()))
+            # kopf takes the signals, and at the end waits for all tasks of the loop and cancels them: neither is its own here.
+            stop_on_signals(stop)
+            tasks.append(asyncio.create_task(kopf.run_tasks(of_kopf, ignored=others)))
             await self.resync_models()
-            tasks.append(asyncio.create_task(self.controller.run()))
-            tasks.append(asyncio.create_task(self.autoscaler.run()))
+            for part in (self._resync(), self.controller.run(), self.autoscaler.run()):
+                tasks.append(asyncio.create_task(part))
+            others.update(tasks)
             self.synced = True
             logger.info("watching %s", ", ".join(namespaces) or "all namespaces")
             done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,30 @@ async def test_own_endpoints(api: FakeApi, runtime: Runtime, kubeconfig: None, u
             assert "silent" in await answer.text()
     stop.set()
     await task
+
+
+async def test_sigterm_ends_the_process_at_once_and_in_order(
+    api: FakeApi, runtime: Runtime, kubeconfig: None, unused_tcp_port: int
+) -> None:
+    api.put(*IM, MODEL)
+    command = (sys.executable, "-m", "kubeinfer_operator", f"--health-port={unused_tcp_port}")
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{unused_tcp_port}") as http:
+
+        async def ready() -> bool:
+            with suppress(aiohttp.ClientError):
+                async with http.get("/readyz") as answer:
+                    return answer.status == 200
+            return False
+
+        while not await ready():
+            assert process.returncode is None
+            await asyncio.sleep(0.1)
+    await until(lambda: (api.get("inferencemodels", "smol") or {}).get("status"))
+    process.terminate()
+    _, printed = await asyncio.wait_for(process.communicate(), 4)
+    assert process.returncode == 0
+    assert "Traceback" not in printed.decode()
 
 
 async def test_reader_says_what_a_service_answers(runtime: Runtime) -> None:

@@ -248,7 +248,7 @@ class Program:
     def shared_number(self, at: Any) -> Lanes:
         return Lanes(plain(self._shared(at, 1)[0]).view(np.float32))
 
-    def shared_number_of_warps(self, at: Any) -> Lanes:
+    def shared_word_of_warp(self, at: Any) -> Lanes:
         return Lanes(np.int32(one(self._shared(at, 1)[0])))
 
     def put4(self, at: Any, wanted: Any, *words: Any) -> None:

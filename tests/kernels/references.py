@@ -24,3 +24,9 @@ def gated(y: Tensor) -> Tensor:
     """SiLU of the left half of each row, times the right half."""
     gate, up = y.chunk(2, 1)
     return gate * torch.sigmoid(gate) * up
+
+
+def cos_sin_table(size: int, rotary: int) -> Tensor:
+    """fp32 ``[size, rotary]``: of each position the cosines, then the sines."""
+    angle = torch.arange(size)[:, None] * 10000.0 ** (-torch.arange(0, rotary, 2) / rotary)
+    return torch.cat((angle.cos(), angle.sin()), 1).float()

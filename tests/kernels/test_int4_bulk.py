@@ -82,11 +82,8 @@ def test_products(
         ((2, 4, 1, 2, 0, 1), 1024, 3),  # all is asked for at once, two chunks at a time
         ((1, 4, 2, 1, 1, 0), 1280, 5),  # inputs are read as they are needed
         ((2, 8, 1, 1, 1, 0), 896, 8),
-        (
-            (1, 4, 1, 2, 1, 1),
-            768,
-            2,
-        ),  # more than two tiles a program, of which some are asked for as others end
+        # More than two tiles a program, of which some are asked for as others end.
+        ((1, 4, 1, 2, 1, 1), 768, 2),
     ],
 )
 def test_products_in_numpy(form: tuple[int, ...], k: int, tokens: int) -> None:

@@ -6,16 +6,12 @@ import random
 
 import pytest
 import torch
+from references import cos_sin_table
 from torch import Tensor
 
 from kubeinfer.kernels.rope import rope_and_cache
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
-
-
-def table(size: int, rotary: int) -> Tensor:
-    angle = torch.arange(size)[:, None] * 10000.0 ** (-torch.arange(0, rotary, 2) / rotary)
-    return torch.cat((angle.cos(), angle.sin()), 1).float()
 
 
 def rotate(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
@@ -70,7 +66,7 @@ def check(
     cache = torch.full((2, num_blocks, hk, block_size, head_dim), 7.0).to(
         torch.float8_e4m3fn if fp8 else dtype
     )
-    cos_sin = table(300, rotary) if rotary else None
+    cos_sin = cos_sin_table(300, rotary) if rotary else None
     weights = [1 + 0.1 * torch.randn(head_dim).to(dtype) for _ in range(2)] if normed else [None, None]
 
     on_device = qkv.to(device, copy=True)

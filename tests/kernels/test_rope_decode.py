@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from references import cos_sin_table
 
 from kubeinfer.kernels import batch_invariance
 from kubeinfer.kernels.attention import decode_workspace, paged_attention_reference, rope_and_decode
@@ -58,10 +59,7 @@ class Rows:
                 self.cache[:, block[:-1], :, offset[:-1]] = torch.randn(n - 1, 2, hk, head_dim).to(dtype)
                 self.slots[i] = block[-1] * block_size + offset[-1]
         self.qkv = torch.randn(len(contexts), (hq + 2 * hk) * head_dim).to(dtype)
-        angle = torch.arange(max(contexts) + 1)[:, None] * 10000.0 ** (
-            -torch.arange(0, rotary, 2) / max(rotary, 1)
-        )
-        self.cos_sin = torch.cat((angle.cos(), angle.sin()), 1).float() if rotary else None
+        self.cos_sin = cos_sin_table(max(contexts) + 1, rotary) if rotary else None
         self.norms = [1 + 0.1 * torch.randn(head_dim).to(dtype) if normed else None for _ in range(2)]
 
     def split(self, qkv: torch.Tensor) -> list[torch.Tensor]:

@@ -393,20 +393,25 @@ async def test_sigterm_ends_the_process_at_once_and_in_order(
     api.put(*IM, MODEL)
     command = (sys.executable, "-m", "kubeinfer_operator", f"--health-port={unused_tcp_port}")
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
-    async with aiohttp.ClientSession(f"http://127.0.0.1:{unused_tcp_port}") as http:
+    try:
+        async with asyncio.timeout(20), aiohttp.ClientSession(f"http://127.0.0.1:{unused_tcp_port}") as http:
 
-        async def ready() -> bool:
-            with suppress(aiohttp.ClientError):
-                async with http.get("/readyz") as answer:
-                    return answer.status == 200
-            return False
+            async def ready() -> bool:
+                with suppress(aiohttp.ClientError):
+                    async with http.get("/readyz") as answer:
+                        return answer.status == 200
+                return False
 
-        while not await ready():
-            assert process.returncode is None
-            await asyncio.sleep(0.1)
-    await until(lambda: (api.get("inferencemodels", "smol") or {}).get("status"))
-    process.terminate()
-    _, printed = await asyncio.wait_for(process.communicate(), 4)
+            while not await ready():
+                assert process.returncode is None
+                await asyncio.sleep(0.1)
+        await until(lambda: (api.get("inferencemodels", "smol") or {}).get("status"))
+        process.terminate()
+        _, printed = await asyncio.wait_for(process.communicate(), 4)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     assert process.returncode == 0
     assert "Traceback" not in printed.decode()
 

@@ -247,8 +247,8 @@ def shared_number(at):
 
 
 @triton.jit
-def shared_number_of_warps(at):
-    """A whole number of shared memory, in a way that tells the compiler that a warp's threads have the same."""
+def shared_word_of_warp(at):
+    """A word of shared memory, in a way that tells the compiler that a warp's threads have the same."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 found;

@@ -45,7 +45,7 @@ from kubeinfer.kernels.gluon_bulk import (
     shared4,
     shared_base,
     shared_number,
-    shared_number_of_warps,
+    shared_word_of_warp,
     wait_barrier,
     wait_for_kernel_before,
     warp_of,
@@ -202,6 +202,7 @@ def _put_squares(
         for bit in gl.static_range(QUADS - 1, 5):
             total += from_thread(total, threads % 32 ^ (1 << bit))
         sums = sums + (total,)
+    # Sums of fewer tokens are there more than once, and read once.
     lane = threads % 32
     put_numbers4(
         to + threads // 32 * 32 + lane * 16,
@@ -450,7 +451,7 @@ def _bulk_kernel(
         unit = following
         if ASKED > 0:
             shared_at = shared_base(program) + UNIT + other * 4
-            following = gl.where(following < UNITS, shared_number_of_warps(shared_at) + 2 * PROGRAMS, UNITS)
+            following = gl.where(following < UNITS, shared_word_of_warp(shared_at) + 2 * PROGRAMS, UNITS)
             other = other ^ 1
 
 

@@ -50,15 +50,20 @@ def paged_rows(
 
 @triton.jit
 def attend_keys(
-    acc, total, m, q, k, v, visible, qk_scale, SOFT_CAP: tl.constexpr, PRECISION: tl.constexpr, NONE_VISIBLE: tl.constexpr
+    acc, total, m, q, k, v, keys, inside, seq_len, qk_scale, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys for query rows that all see the ``visible [BLOCK_N]`` of them; ``NONE_VISIBLE``: that may be none."""
+    """One tile of a sequence, at its positions ``keys`` where ``inside``, for query rows of its last position."""
+    visible = inside
+    if WINDOW > 0:
+        visible = inside & (keys >= seq_len - WINDOW)
     s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * qk_scale
     if SOFT_CAP > 0:
         s = capped(s, SOFT_CAP)
     s = tl.where(visible[None, :], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
-    if NONE_VISIBLE:
+    if WINDOW > 0:
+        # The first tile of a window may hold no visible key at all.
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
     else:
         shift = m_new

@@ -189,10 +189,9 @@ def _decode_kernel(
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < end
         k, v = paged_rows(k_ptr, v_ptr, table, keys, inside, HK, D, D_PAD, BLOCK_SIZE)
-        if WINDOW > 0:
-            # The first tile of a window may hold no visible key at all.
-            inside = inside & (keys >= seq_len - WINDOW)
-        acc, total, m = attend_keys(acc, total, m, q, k, v, inside, qk_scale, SOFT_CAP, PRECISION, WINDOW > 0)
+        acc, total, m = attend_keys(
+            acc, total, m, q, k, v, keys, inside, seq_len, qk_scale, WINDOW, SOFT_CAP, PRECISION
+        )
     acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
     lse = m + tl.log2(total)
     if SHARED:

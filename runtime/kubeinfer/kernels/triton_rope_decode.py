@@ -149,16 +149,16 @@ def _rope_decode_kernel(
             m = capped(m, SOFT_CAP)
         total += 1.0
         acc += new_v.to(tl.float32)
-    if WINDOW > 0:
-        inside = inside & (keys >= seq_len - WINDOW)
-    acc, total, m = attend_keys(acc, total, m, q, k, v, inside, qk_scale, SOFT_CAP, PRECISION, WINDOW > 0)
+    acc, total, m = attend_keys(
+        acc, total, m, q, k, v, keys, inside, seq_len, qk_scale, WINDOW, SOFT_CAP, PRECISION
+    )
     for start in range(begin + BLOCK_N, cached, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < cached
         k, v = paged_rows(keys_ptr, values_ptr, table, keys, inside, HK, D, D_PAD, BLOCK_SIZE)
-        if WINDOW > 0:
-            inside = inside & (keys >= seq_len - WINDOW)
-        acc, total, m = attend_keys(acc, total, m, q, k, v, inside, qk_scale, SOFT_CAP, PRECISION, WINDOW > 0)
+        acc, total, m = attend_keys(
+            acc, total, m, q, k, v, keys, inside, seq_len, qk_scale, WINDOW, SOFT_CAP, PRECISION
+        )
 
     row = ((seq * HK + head) * GROUP + rows) * SPLITS + split
     mask = (rows < GROUP)[:, None] & (dims < D)[None, :]

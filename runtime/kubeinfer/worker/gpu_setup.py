@@ -222,7 +222,8 @@ def warm_up(runner: ModelRunner, max_tokens: int, noted: bool = False) -> None:
     count = 1
     while count <= min(runner.tables.spare_row, 1024):
         steps.append((count, [min(17, max(2, (max_tokens - count) // count))] * count, False))
-        steps.append((count, [], False))  # as they run without graphs
+        if runner.graphs is None:  # captured decodes have been run
+            steps.append((count, [], False))
         if runner.shared_prefixes is not None and count >= MIN_BATCH:
             steps.append((count, [2], True))
         count *= 2

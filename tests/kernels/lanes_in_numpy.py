@@ -422,7 +422,7 @@ def load_kernel(name: str, program: Program, **modules: ModuleType) -> Any:
         "triton.experimental.gluon.language.nvidia.hopper": hopper,
         "triton.experimental.gluon.nvidia.hopper": named("descriptors"), "kubeinfer.kernels.triton_launch": kernel,
         **{f"kubeinfer.kernels.{other}": own
-           for other in ("gluon_bulk", "triton_mma", "triton_attention_tiles", "triton_split", "fused_linear")},
+           for other in ("gluon_bulk", "gluon_pair", "triton_mma", "triton_attention_tiles", "triton_split", "fused_linear")},
         **{f"kubeinfer.kernels.{other}": module for other, module in modules.items()},
     }  # fmt: skip
     return import_with(stand_ins, name)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kubeinfer.kernels import batch_invariance, fused_linear
-from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS, gated_linear, many_rows_group
+from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS, GatedForm, gated_linear, many_rows_form
 from kubeinfer.kernels.linear import MAX_FEW_ROWS
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 6e-3}
@@ -42,7 +42,7 @@ def want(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.silu(gate) * up
 
 
-def run(device: str, m: int, n: int, k: int, with_bias: bool, dtype: torch.dtype, group: int) -> None:
+def run(device: str, m: int, n: int, k: int, with_bias: bool, dtype: torch.dtype, form: GatedForm) -> None:
     from kubeinfer.kernels.gluon_gated_matmul import gated_matmul_gluon
     from kubeinfer.kernels.triton_split import scratch
 
@@ -51,7 +51,7 @@ def run(device: str, m: int, n: int, k: int, with_bias: bool, dtype: torch.dtype
     bias = torch.randn(2 * n).to(dtype).to(device) if with_bias else None
     whole = part_of(m, n, 1.0, dtype, 7.0).to(device)
     out = whole[:m, :n]
-    assert gated_matmul_gluon(x, weight, bias, out, group) is out
+    assert gated_matmul_gluon(x, weight, bias, out, form) is out
     exact = want(x, weight, bias)
     assert (out.double().cpu() - exact).norm() / exact.norm() < TOLERANCE[dtype]
     # Each row and each column: a wrong edge would hardly show in the whole.
@@ -64,9 +64,10 @@ def run(device: str, m: int, n: int, k: int, with_bias: bool, dtype: torch.dtype
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("k", [64, 200, 896])
 @pytest.mark.parametrize("n", [136, 256, 1000])
-def test_any_size(device: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_size(device: str, n: int, k: int, paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     on_hopper(device)
     from kubeinfer.kernels import gluon_gated_matmul
 
@@ -75,14 +76,16 @@ def test_any_size(device: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch) 
     torch.manual_seed(n + k)
     dtype = list(TOLERANCE)[(n // 8 + k // 8) % 2]
     for m in TOKENS:
-        run(device, m, n, k, n == 256 or k == 200, dtype, 16)
+        run(device, m, n, k, n == 256 or k == 200, dtype, GatedForm(16, paired))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", [1, 2, 3])
-@pytest.mark.parametrize("programs", [1, 7, 12, 64])
+@pytest.mark.parametrize(
+    "form", [*map(GatedForm, (1, 2, 3)), GatedForm(2, True), GatedForm(6, True)], ids=str
+)
+@pytest.mark.parametrize("programs", [2, 7, 12, 64])
 def test_any_share_of_the_work(
-    device: str, programs: int, group: int, monkeypatch: pytest.MonkeyPatch
+    device: str, programs: int, form: GatedForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A last wave of no tiles, of few, which two programs share, and of many."""
     on_hopper(device)
@@ -91,7 +94,7 @@ def test_any_share_of_the_work(
     monkeypatch.setattr(gluon_gated_matmul, "processors", lambda _: programs)
     torch.manual_seed(1)
     for m in (*TOKENS, 5 * 128):
-        run(device, m, 328, 456, True, torch.bfloat16, group)
+        run(device, m, 328, 456, True, torch.bfloat16, form)
 
 
 @pytest.mark.gpu
@@ -111,7 +114,9 @@ def test_gated_linear_takes_it_for_many_tokens(
         return kernel(x, *others)
 
     monkeypatch.setattr(
-        gluon_gated_matmul, "find_gated_group", lambda n, k, m: 8 if m >= MIN_MANY_ROWS else None
+        gluon_gated_matmul,
+        "find_gated_form",
+        lambda n, k, m: GatedForm(8) if m >= MIN_MANY_ROWS else None,
     )
     monkeypatch.setattr(gluon_gated_matmul, "gated_matmul_gluon", spied)
     torch.manual_seed(2)
@@ -133,7 +138,8 @@ def test_gated_linear_takes_it_for_many_tokens(
 
 
 @pytest.mark.gpu
-def test_any_number_of_tokens_is_one_variant(device: str) -> None:
+@pytest.mark.parametrize("paired", [False, True])
+def test_any_number_of_tokens_is_one_variant(device: str, paired: bool) -> None:
     """No request waits for a compiler because its step has another number of tokens."""
     on_hopper(device)
     from kubeinfer.kernels.compile_ahead import noted_launches
@@ -143,18 +149,19 @@ def test_any_number_of_tokens_is_one_variant(device: str) -> None:
     with noted_launches() as found:
         for m in (1, 16, 1024, 1500):
             x = torch.zeros(m, 64, dtype=torch.float16, device=device)
-            gated_matmul_gluon(x, weight, None, x.new_empty(m, 72), 8)
+            gated_matmul_gluon(x, weight, None, x.new_empty(m, 72), GatedForm(8, paired))
     assert len(found) == 1
 
 
 @pytest.mark.gpu
-def test_a_layer_in_a_graph(device: str) -> None:
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_layer_in_a_graph(device: str, paired: bool) -> None:
     """More tiles than multiprocessors, replayed with other inputs, between kernels that overlap with it."""
     on_hopper(device)
     from kubeinfer.kernels.gluon_gated_matmul import gated_matmul_gluon
     from kubeinfer.kernels.norm import rms_norm
 
-    n, k = 5000, 1024
+    n, k, form = 5000, 1024, GatedForm(8, paired)
     weight = torch.randn(2 * n, k, dtype=torch.bfloat16, device=device) * 0.03
     ones = torch.ones(n, dtype=torch.bfloat16, device=device)
     x = torch.randn(2048, k, dtype=torch.bfloat16, device=device)
@@ -163,7 +170,7 @@ def test_a_layer_in_a_graph(device: str) -> None:
     def layer() -> tuple[Tensor, Tensor]:
         # Each kernel starts while the one before it ends, and must see all that that writes.
         before = rms_norm(x, ones[:k], EPS)
-        return before, rms_norm(gated_matmul_gluon(before, weight, None, out, 8), ones, EPS)
+        return before, rms_norm(gated_matmul_gluon(before, weight, None, out, form), ones, EPS)
 
     layer()
     graph = torch.cuda.CUDAGraph()
@@ -188,21 +195,21 @@ def test_what_it_does_not_take(device: str, monkeypatch: pytest.MonkeyPatch) -> 
     on_hopper(device)
     from kubeinfer.kernels import gluon_gated_matmul
 
-    monkeypatch.setattr(gluon_gated_matmul, "find_gated_group", lambda n, k, m: 8)
+    monkeypatch.setattr(gluon_gated_matmul, "find_gated_form", lambda n, k, m: GatedForm(8))
     x = torch.zeros(MIN_MANY_ROWS + 1, 72, dtype=torch.bfloat16, device=device)
     weight = torch.zeros(32, 72, dtype=torch.bfloat16, device=device)
-    assert many_rows_group(x, weight, 16) == 8
-    assert many_rows_group(x[-MAX_FEW_ROWS:], weight, 16) is None
-    assert many_rows_group(x.float(), weight.float(), 16) is None
-    assert many_rows_group(x, weight.half(), 16) is None
-    assert many_rows_group(x[:, 1:65], weight[:, :64], 16) is None  # begins at no multiple of 16 bytes
-    assert many_rows_group(x.new_zeros(MIN_MANY_ROWS, 68), weight[:, :68], 16) is None
-    assert many_rows_group(x.t().contiguous().t(), weight, 16) is None
+    assert many_rows_form(x, weight, 16) == GatedForm(8)
+    assert many_rows_form(x[-MAX_FEW_ROWS:], weight, 16) is None
+    assert many_rows_form(x.float(), weight.float(), 16) is None
+    assert many_rows_form(x, weight.half(), 16) is None
+    assert many_rows_form(x[:, 1:65], weight[:, :64], 16) is None  # begins at no multiple of 16 bytes
+    assert many_rows_form(x.new_zeros(MIN_MANY_ROWS, 68), weight[:, :68], 16) is None
+    assert many_rows_form(x.t().contiguous().t(), weight, 16) is None
     monkeypatch.setattr(fused_linear, "batch_invariant", lambda: True)
-    assert many_rows_group(x, weight, 16) is None
+    assert many_rows_form(x, weight, 16) is None
 
 
 def test_cpu_tensors_never_take_it() -> None:
     assert not batch_invariance.batch_invariant()
     x = torch.zeros(MIN_MANY_ROWS, 64, dtype=torch.bfloat16)
-    assert many_rows_group(x, torch.zeros(32, 64, dtype=torch.bfloat16), 16) is None
+    assert many_rows_form(x, torch.zeros(32, 64, dtype=torch.bfloat16), 16) is None

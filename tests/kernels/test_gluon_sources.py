@@ -128,26 +128,39 @@ def _gated() -> tuple[Program, Any]:
     return program, load_kernel("gluon_gated_matmul", program)
 
 
-@given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 9), st.integers(1, 200), st.integers(1, 5))
+@given(
+    st.integers(1, 40), st.integers(1, 30), st.integers(1, 9), st.integers(1, 200), st.integers(1, 5), st.booleans()
+)  # fmt: skip
 @settings(max_examples=100)
 def test_a_gated_products_steps_are_done_once(
-    rows: int, columns: int, steps: int, programs: int, group: int
+    rows: int, columns: int, steps: int, programs: int, group: int, paired: bool
 ) -> None:
+    """``rows`` and ``programs``: of pairs, where they are ``paired``."""
     program, module = _gated()
-    program.programs = min(programs, 2 * rows * columns)
+    each = 2 if paired else 1
+    programs = min(programs, 2 * rows * columns)
+    program.programs = each * programs
     done: Counter[tuple[int, int, int]] = Counter()
     halves: dict[int, set[int]] = {}
+    of_program: list[list[tuple[int, int, int]]] = []
     for own in range(program.programs):
         program.ids = (own,)
-        plan, pieces = module._plan(Lanes(np.int32(rows)), steps, columns)
+        plan, pieces, total = module._plan(Lanes(np.int32(rows)), steps, columns, each)
+        of_program.append([])
         for piece in range(int(pieces)):
-            tile, first, last = (int(x) for x in module._work(plan, Lanes(np.int32(piece)), steps))
+            tile, first, last = (int(x) for x in module._work(plan, Lanes(np.int32(piece)), steps, each))
             assert first < last
-            row, column = module._place(Lanes(np.int32(tile)), Lanes(np.int32(rows)), columns, group)
+            row, column = module._place(Lanes(np.int32(tile)), Lanes(np.int32(rows)), columns, group, each)
             done.update((int(row), int(column), step) for step in range(first, last))
+            of_program[-1] += [(int(row) // each, int(column), step) for step in range(first, last)]
             if (first, last) != (0, steps):
                 halves.setdefault(tile, set()).add(first)
-    assert done == Counter((r, c, s) for r in range(rows) for c in range(columns) for s in range(steps))
+        assert len(of_program[-1]) == total
+    assert done == Counter(
+        (r, c, s) for r in range(each * rows) for c in range(columns) for s in range(steps)
+    )
     # Whoever has a tile's first step waits for one other; they have a place each for their sums.
     assert all(len(firsts) == 2 and 0 in firsts for firsts in halves.values())
     assert all(2 * tile < programs for tile in halves)
+    # A pair's programs have the same weights at the same time.
+    assert of_program[::each] == of_program[each - 1 :: each]

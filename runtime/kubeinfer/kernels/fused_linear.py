@@ -6,6 +6,8 @@ parts, and so do product and gate of many (`kubeinfer.kernels.gluon_gated_matmul
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,19 @@ from kubeinfer.kernels.norm import NormBegun, rms_norm
 MIN_MANY_ROWS = 1024
 # From so many tokens on it pays that the product before a norm reads the residual stream, and not the norm.
 _MIN_ADDED_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class GatedForm:
+    """How the gated product of many tokens is shared out.
+
+    Attributes:
+        group: rows of tiles that share weights in the L2 cache.
+        paired: whether two programs share them in their shared memories too.
+    """
+
+    group: int
+    paired: bool = False
 
 
 def norm_linear(
@@ -67,7 +82,7 @@ def gated_linear(
     if config is None:
         if norm_weight is not None:
             x = rms_norm(x, norm_weight, eps)
-        many = many_rows_group(x, weight, inner)
+        many = many_rows_form(x, weight, inner)
         if many is None:
             return silu_and_mul(linear(x, weight, bias, packed))
         from kubeinfer.kernels.gluon_gated_matmul import gated_matmul_gluon
@@ -79,8 +94,8 @@ def gated_linear(
     return linear_triton(x, weight, bias, out, config, norm_weight, eps, gated=True, begun=begun)
 
 
-def many_rows_group(x: Tensor, weight: Tensor, inner: int) -> int | None:
-    """``group`` of our GPU kernel for the gated product of many tokens; None where cuBLAS serves it.
+def many_rows_form(x: Tensor, weight: Tensor, inner: int) -> GatedForm | None:
+    """The form of our GPU kernel for the gated product of many tokens; None where cuBLAS serves it.
 
     ``x [T, K]``, ``weight [2 inner, K]``.
     """
@@ -95,9 +110,9 @@ def many_rows_group(x: Tensor, weight: Tensor, inner: int) -> int | None:
 
     if not runs_gluon():
         return None
-    from kubeinfer.kernels.gluon_gated_matmul import find_gated_group
+    from kubeinfer.kernels.gluon_gated_matmul import find_gated_form
 
-    return find_gated_group(inner, x.shape[1], x.shape[0])
+    return find_gated_form(inner, x.shape[1], x.shape[0])
 
 
 def adds_to_residual(x: Tensor) -> bool:

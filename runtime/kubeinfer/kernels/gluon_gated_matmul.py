@@ -12,6 +12,9 @@ The number of tiles is seldom a multiple of the number of programs. Tiles that w
 leave half of the programs idle each is two programs' (the idea of stream-K: Osama et al., arXiv 2301.03598): who has the second
 half of a tile's steps leaves the sums in memory, the other finishes it. Shorter parts would cost more than they save: a part's sums
 are 128 KB. All programs are on the GPU at once, so none waits for one that has not begun.
+
+Programs may be paired: two of neighbouring rows have the same columns at the same time, and either brings half of the weights for
+both, of which the L2 cache then gives a third less in all. What is said of programs above goes for pairs then.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kubeinfer.kernels import tuned
-from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS
-from kubeinfer.kernels.gluon_bulk import wait_for_kernel_before
+from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS, GatedForm
+from kubeinfer.kernels.gluon_bulk import shared_base, wait_for_kernel_before
+from kubeinfer.kernels.gluon_pair import arrive_at_both, barriers_at, meet
 from kubeinfer.kernels.triton_launch import Kernel, processors, wait_for_count
 from kubeinfer.kernels.triton_split import MAX_TILES, scratch
 
@@ -46,35 +50,35 @@ _REGISTERS = 168
 
 
 @gluon.jit
-def _plan(rows, STEPS: gl.constexpr, COLUMNS: gl.constexpr):
-    """What a program has to do, for `_work`, and in how many pieces: of the tiles that fill no wave one, half of one (of several
-    steps) or none; and of each whole wave one."""
-    programs = gl.num_programs(0)
+def _plan(rows, STEPS: gl.constexpr, COLUMNS: gl.constexpr, EACH: gl.constexpr):
+    """What one of EACH programs has to do, for `_work`, in how many pieces, and in how many steps: of the tiles that fill no wave one,
+    half of one (of several steps) or none; and of each whole wave one."""
+    programs = gl.num_programs(0) // EACH
+    own = gl.program_id(0) // EACH
     waves = rows * COLUMNS // programs
     odd_tiles = rows * COLUMNS - waves * programs
     HALF: gl.constexpr = (STEPS + 1) // 2
-    own = gl.program_id(0)
     first = 0
     last = STEPS
     if STEPS > 1 and 2 * odd_tiles <= programs:
-        own = gl.program_id(0) // 2
-        first = gl.program_id(0) % 2 * HALF
+        first = own % 2 * HALF
         last = gl.minimum(first + HALF, STEPS)
+        own = own // 2
     has_own = (own < odd_tiles).to(gl.int32)
-    return (own, first, last, has_own, odd_tiles), has_own + waves
+    return (own, first, last, has_own, odd_tiles), has_own + waves, has_own * (last - first) + waves * STEPS
 
 
 @gluon.jit
-def _work(plan, i, STEPS: gl.constexpr):
+def _work(plan, i, STEPS: gl.constexpr, EACH: gl.constexpr):
     """A program's ``i``-th piece of work: the tile, its first step, and the step it ends before."""
     own, first, last, has_own, odd_tiles = plan
     whole = i >= has_own
-    tile = odd_tiles + (i - has_own) * gl.num_programs(0) + gl.program_id(0)
+    tile = odd_tiles + (i - has_own) * (gl.num_programs(0) // EACH) + gl.program_id(0) // EACH
     return gl.where(whole, tile, own), gl.where(whole, 0, first), gl.where(whole, STEPS, last)
 
 
 @gluon.jit
-def _place(tile, rows, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
+def _place(tile, rows, COLUMNS: gl.constexpr, GROUP: gl.constexpr, EACH: gl.constexpr):
     """The row and the column of a tile. Tiles of GROUP rows and the same column are neighbours in time, which share weights in the
     L2 cache; every other group goes through the columns backwards, and begins with the weights that the one before ended with."""
     group = tile // (GROUP * COLUMNS)
@@ -83,7 +87,7 @@ def _place(tile, rows, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
     column = within // height
     if group % 2 == 1:
         column = COLUMNS - 1 - column
-    return group * GROUP + within % height, column
+    return (group * GROUP + within % height) * EACH + gl.program_id(0) % EACH, column
 
 
 @gluon.jit
@@ -98,6 +102,27 @@ def _fetch_weights(w_rows, w, ready, at, column, k, N: gl.constexpr):
 
 
 @gluon.jit
+def _fetch_half_for_both(to, barrier, row, k):
+    """The weights' rows from ``row`` on, for the same places of both programs' shared memories, whose barriers count them."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred lead;
+        .reg .b64 rows;
+        .reg .b16 both;
+        mov.b64 rows, _gated_kernel_param_5;
+        cvta.param.u64 rows, rows;
+        mov.b16 both, 3;
+        bar.warp.sync 0xFFFFFFFF;
+        elect.sync _|lead, 0xFFFFFFFF;
+        @lead cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster
+            [$1], [rows, {$4, $3}], [$2], both;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r,r", [to, barrier, row, k], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _fetch_tokens(x_rows, x, ready, at, row, k):
     """Those of either warpgroup."""
     HALF: gl.constexpr = x.shape[1]
@@ -109,18 +134,20 @@ def _fetch_tokens(x_rows, x, ready, at, row, k):
 
 @gluon.jit
 def _produce(
-    x_rows, w_rows, ring, plan, pieces, rows, N: gl.constexpr, STEPS: gl.constexpr, COLUMNS: gl.constexpr,
-    GROUP: gl.constexpr,
+    x_rows, w_rows, meetings_ptr, ring, plan, pieces, rows, N: gl.constexpr, STEPS: gl.constexpr,
+    COLUMNS: gl.constexpr, GROUP: gl.constexpr, EACH: gl.constexpr, BARRIER_BYTES: gl.constexpr,
 ):  # fmt: skip
-    x, w, ready, free = ring
+    x, w, ready, free, met = ring
     STAGES: gl.constexpr = w.shape[0]
+    BLOCK_N: gl.constexpr = w.shape[1] // 2
     BLOCK_K: gl.constexpr = x.shape[2]
+    HALF_BYTES: gl.constexpr = w_rows.block_type.nbytes
     BYTES: gl.constexpr = 2 * (x_rows.block_type.nbytes + w_rows.block_type.nbytes)
     ahead = 0
     if pieces > 0:
         # Weights do not depend on the kernel before this one.
-        tile, first, last = _work(plan, 0, STEPS)
-        row, column = _place(tile, rows, COLUMNS, GROUP)
+        tile, first, last = _work(plan, 0, STEPS, EACH)
+        row, column = _place(tile, rows, COLUMNS, GROUP, EACH)
         ahead = gl.minimum(last - first, STAGES)
         for i in range(ahead):
             mbarrier.expect(ready.index(i), BYTES)
@@ -128,17 +155,32 @@ def _produce(
         wait_for_kernel_before(gl.program_id(0))
         for i in range(ahead):
             _fetch_tokens(x_rows, x, ready, i, row, (first + i) * BLOCK_K)
+    rank = gl.program_id(0) % EACH
+    weights_at = shared_base(rank) + rank * HALF_BYTES
+    ready_at = barriers_at(rank, BARRIER_BYTES)
+    if EACH == 2:
+        # The ring's first round was for this program only; then each writes into the other's memory, which must be there.
+        meet(meetings_ptr + gl.program_id(0) // 2)
+        mbarrier.arrive(met.index(0))
     count = 0
     for i in range(pieces):
-        tile, first, last = _work(plan, i, STEPS)
-        row, column = _place(tile, rows, COLUMNS, GROUP)
+        tile, first, last = _work(plan, i, STEPS, EACH)
+        row, column = _place(tile, rows, COLUMNS, GROUP, EACH)
         for step in range(first, last):
             if count >= ahead:
                 at = count % STAGES
                 # The first round waits for the phase before a barrier's first, which counts as over.
                 mbarrier.wait(free.index(at), (count // STAGES & 1) ^ 1)
                 mbarrier.expect(ready.index(at), BYTES)
-                _fetch_weights(w_rows, w, ready, at, column, step * BLOCK_K, N)
+                if EACH == 2:
+                    _fetch_half_for_both(
+                        weights_at + at * (2 * HALF_BYTES),
+                        ready_at + at * 8,
+                        rank * N + column * BLOCK_N,
+                        step * BLOCK_K,
+                    )
+                else:
+                    _fetch_weights(w_rows, w, ready, at, column, step * BLOCK_K, N)
                 _fetch_tokens(x_rows, x, ready, at, row, step * BLOCK_K)
             count += 1
 
@@ -171,13 +213,22 @@ def _with_bias(sums, bias_ptr, column, N: gl.constexpr):
 
 
 @gluon.jit
+def _set_free(free, free_at, at, lane, is_read, is_needed, EACH: gl.constexpr):
+    """A warpgroup has read a place of the ring; for whoever needs it next in a pair: none waits for more, and may have ended."""
+    if EACH == 2:
+        arrive_at_both(free_at + at * 8, lane, (is_read & is_needed).to(gl.int32))
+    else:
+        mbarrier.arrive(free.index(at), pred=is_read)
+
+
+@gluon.jit
 def _consume(
-    out_rows, bias_ptr, sums_ptr, counter_ptr, ring, places, plan, pieces, rows, N: gl.constexpr,
-    STEPS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, HAS_BIAS: gl.constexpr,
-    PART: gl.constexpr,
+    out_rows, bias_ptr, sums_ptr, counter_ptr, ring, places, plan, pieces, total, rows, N: gl.constexpr,
+    STEPS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, EACH: gl.constexpr,
+    BARRIER_BYTES: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """The tokens of one warpgroup: ``PART`` 0 or 1."""
-    x, w, ready, free = ring
+    x, w, ready, free, met = ring
     STAGES: gl.constexpr = w.shape[0]
     M: gl.constexpr = x.shape[1]
     BLOCK_N: gl.constexpr = w.shape[1] // 2
@@ -186,9 +237,13 @@ def _consume(
     zeros = gl.zeros([M, 2 * BLOCK_N], gl.float32, L)
     within = _by_thread(zeros)
     place = places.index(PART)
+    lane = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])) % 32
+    free_at = barriers_at(lane, BARRIER_BYTES) + 8 * STAGES
+    if EACH == 2:
+        mbarrier.wait(met.index(0), 0)
     count = 0
     for i in range(pieces):
-        tile, first, last = _work(plan, i, STEPS)
+        tile, first, last = _work(plan, i, STEPS, EACH)
         sums = zeros
         for step in range(first, last):
             at = count % STAGES
@@ -196,13 +251,16 @@ def _consume(
             sums = warpgroup_mma(x.index(2 * at + PART), w.index(at).permute((1, 0)), sums, is_async=True)
             sums = warpgroup_mma_wait(1, deps=(sums,))
             # The step before has been multiplied.
-            mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), pred=step > first)
+            before = count + STAGES - 1
+            _set_free(free, free_at, before % STAGES, lane, step > first, before < total, EACH)
             count += 1
         sums = warpgroup_mma_wait(0, deps=(sums,))
-        mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), pred=last > first)
+        before = count + STAGES - 1
+        _set_free(free, free_at, before % STAGES, lane, last > first, before < total, EACH)
 
-        slot = sums_ptr + (2 * tile + PART) * (2 * M * BLOCK_N) + within
-        counter = counter_ptr + 2 * tile + PART
+        part = 2 * (tile * EACH + gl.program_id(0) % EACH) + PART
+        slot = sums_ptr + part * (2 * M * BLOCK_N) + within
+        counter = counter_ptr + part
         if first > 0:
             gl.store(slot, sums)
             gl.thread_barrier()  # all of this warpgroup's sums are stored before one of its threads counts it
@@ -213,7 +271,7 @@ def _consume(
                 gl.thread_barrier()
                 gl.store(counter, 0)
                 sums += gl.load(slot, cache_modifier=".cg")
-            row, column = _place(tile, rows, COLUMNS, GROUP)
+            row, column = _place(tile, rows, COLUMNS, GROUP, EACH)
             gate, up = _halves(sums)
             if HAS_BIAS:
                 gate = _with_bias(gate, bias_ptr, column * BLOCK_N, N)
@@ -237,6 +295,7 @@ def _gated_kernel(
     bias_ptr,
     sums_ptr,
     counter_ptr,
+    meetings_ptr,
     m,
     N: gl.constexpr,
     K: gl.constexpr,
@@ -246,40 +305,51 @@ def _gated_kernel(
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
+    PAIRED: gl.constexpr,
 ):
     DTYPE: gl.constexpr = x_rows.dtype
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     COLUMNS: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    rows = gl.cdiv(m, BLOCK_M)
-    plan, pieces = _plan(rows, STEPS, COLUMNS)
+    EACH: gl.constexpr = 2 if PAIRED else 1
+    BARRIER_BYTES: gl.constexpr = 16 * STAGES + 16
+    rows = gl.cdiv(m, BLOCK_M * EACH)
+    plan, pieces, total = _plan(rows, STEPS, COLUMNS, EACH)
 
     x = gl.allocate_shared_memory(DTYPE, [2 * STAGES, BLOCK_M // 2, BLOCK_K], x_rows.layout)
     w = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * BLOCK_N, BLOCK_K], w_rows.layout)
     places = gl.allocate_shared_memory(DTYPE, [2, BLOCK_M // 2, BLOCK_N], out_rows.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    met = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+        mbarrier.init(free.index(i), count=16 if PAIRED else 2)  # warps of both programs, or warpgroups
+    mbarrier.init(met.index(0), count=1)
     fence_async_shared()
-    ring = (x, w, ready, free)
+    ring = (x, w, ready, free, met)
     gl.warp_specialize(
         [
             (
                 _consume,
                 (
-                    out_rows, bias_ptr, sums_ptr, counter_ptr, ring, places, plan, pieces, rows, N, STEPS, COLUMNS,
-                    GROUP, HAS_BIAS, 0,
+                    out_rows, bias_ptr, sums_ptr, counter_ptr, ring, places, plan, pieces, total, rows, N, STEPS,
+                    COLUMNS, GROUP, HAS_BIAS, EACH, BARRIER_BYTES, 0,
                 ),
             ),
             (
                 _consume,
                 (
-                    out_rows, bias_ptr, sums_ptr, counter_ptr, ring, places, plan, pieces, rows, N, STEPS, COLUMNS,
-                    GROUP, HAS_BIAS, 1,
+                    out_rows, bias_ptr, sums_ptr, counter_ptr, ring, places, plan, pieces, total, rows, N, STEPS,
+                    COLUMNS, GROUP, HAS_BIAS, EACH, BARRIER_BYTES, 1,
                 ),
             ),
-            (_produce, (x_rows, w_rows, ring, plan, pieces, rows, N, STEPS, COLUMNS, GROUP)),
+            (
+                _produce,
+                (
+                    x_rows, w_rows, meetings_ptr, ring, plan, pieces, rows, N, STEPS, COLUMNS, GROUP, EACH,
+                    BARRIER_BYTES,
+                ),
+            ),
         ],
         [4, 1],
         [240, 24],
@@ -289,8 +359,8 @@ def _gated_kernel(
 _GATED = Kernel(_gated_kernel)
 
 
-def find_gated_group(n: int, k: int, m: int) -> int | None:
-    """``group`` of `gated_matmul_gluon` for ``n`` outputs of ``k`` inputs and ``m`` tokens; None where cuBLAS is as fast, or nothing
+def find_gated_form(n: int, k: int, m: int) -> GatedForm | None:
+    """The form of `gated_matmul_gluon` for ``n`` outputs of ``k`` inputs and ``m`` tokens; None where cuBLAS is as fast, or nothing
     is known.
 
     Below MIN_MANY_ROWS the table knows multiples of 64 tokens, which is what captured steps of so many have.
@@ -299,14 +369,16 @@ def find_gated_group(n: int, k: int, m: int) -> int | None:
 
 
 @functools.cache
-def _find(n: int, k: int, m: int) -> int | None:
+def _find(n: int, k: int, m: int) -> GatedForm | None:
     if n % 8 or k % 8:
         return None
     found = tuned.lookup("linear", f"gated_matmul/{n}x{k}" + (f"/m{m}" if m < MIN_MANY_ROWS else ""))
-    return None if found is None else found["group"]
+    return None if found is None else GatedForm(found["group"], bool(found.get("paired", 0)))
 
 
-def gated_matmul_gluon(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, group: int) -> Tensor:
+def gated_matmul_gluon(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, form: GatedForm
+) -> Tensor:
     """``out = silu(gate) * up`` of ``x @ weight.T + bias``, summed and gated in fp32; returns ``out``.
 
     Args:
@@ -314,7 +386,7 @@ def gated_matmul_gluon(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tens
         weight: ``[2 N, K]`` in ``x``'s dtype, gates first; N and K multiples of 8.
         bias: ``[2 N]`` in ``x``'s dtype.
         out: ``[T, N]`` in ``x``'s dtype.
-        group: rows of tiles that share weights in the L2 cache.
+        form: of `find_gated_form`; a pair has at least two rows of tiles in a group.
 
     Rows of all of them are contiguous and begin at multiples of 16 bytes.
     """
@@ -322,17 +394,30 @@ def gated_matmul_gluon(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tens
     n = out.shape[1]
     programs = processors(x.device)
     parts = scratch(x.device)
-    if programs * _BLOCK_M * _BLOCK_N > parts.sums.numel() or programs > MAX_TILES:
+    if programs * _BLOCK_M * _BLOCK_N > parts.sums.numel() or programs > min(
+        MAX_TILES, parts.meetings.numel()
+    ):
         raise ValueError(f"A GPU of {programs} multiprocessors needs more scratch memory than there is.")
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     args = (
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [_BLOCK_M // 2, _BLOCK_K], layout),
         TensorDescriptor(weight, [2 * n, k], [weight.stride(0), 1], [_BLOCK_N, _BLOCK_K], layout),
         TensorDescriptor(out, [m, n], [out.stride(0), 1], [_BLOCK_M // 2, _BLOCK_N], layout),
-        x if bias is None else bias, parts.sums, parts.counters, m,
+        x if bias is None else bias, parts.sums, parts.counters, parts.meetings, m,
     )  # fmt: skip
-    constants = (n, k, bias is not None, _BLOCK_M, _BLOCK_N, _BLOCK_K, _STAGES, group)
-    tiles = triton.cdiv(m, _BLOCK_M) * triton.cdiv(n, _BLOCK_N)
-    grid = (min(programs, 2 * tiles), 1, 1)
-    _GATED.launch(grid, args, constants, num_warps=4, pdl=True, max_registers=_REGISTERS)
+    each = 2 if form.paired else 1
+    constants = (
+        n,
+        k,
+        bias is not None,
+        _BLOCK_M,
+        _BLOCK_N,
+        _BLOCK_K,
+        _STAGES,
+        form.group // each,
+        form.paired,
+    )
+    tiles = triton.cdiv(m, each * _BLOCK_M) * triton.cdiv(n, _BLOCK_N)
+    grid = (min(programs // each, 2 * tiles), 1, 1)
+    _GATED.launch(grid, args, constants, num_warps=4, pdl=True, max_registers=_REGISTERS, cluster=each)
     return out

@@ -100,6 +100,12 @@ else:
         )
 
 
+def _run(compiled: Any, grid: tuple[int, int, int], device: int, args: Any, constants: Any) -> None:
+    launch = compiled.run  # loads the kernel, if that is not done
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    launch(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants)
+
+
 class Kernel:
     """A Triton kernel whose repeated launches skip Triton's argument binding (10 to 20 microseconds each).
 
@@ -121,12 +127,14 @@ class Kernel:
         num_stages: int = 3,
         pdl: bool = False,
         max_registers: int = 0,
+        cluster: int = 1,
     ) -> None:
         """Launch on the current stream; ``args`` and ``constants`` in the signature's order.
 
         ``max_registers`` a thread, where not 0: fewer than the compiler takes let more programs share a multiprocessor.
+        ``cluster``: so many neighbouring programs are one (Hopper), of which the grid counts one; the compiler does not know of it.
         """
-        key: list[Any] = [constants, num_warps, num_stages, max_registers]
+        key: list[Any] = [constants, num_warps, num_stages, max_registers, cluster]
         aligned = 0
         for arg in args:
             if isinstance(arg, Tensor):
@@ -138,16 +146,20 @@ class Kernel:
         key.append(device)
         variant = self._variants.get(tuple(key)) if not aligned & 15 else None
         if variant is not None:
-            variant.run(
-                *grid, torch._C._cuda_getCurrentRawStream(device), variant.function, variant.packed_metadata,
-                None, None, None, *args, *constants,
-            )  # fmt: skip
+            _run(variant, grid, device, args, constants)
             return
         options = {"num_warps": num_warps, "num_stages": num_stages}
         if pdl:
             options["launch_pdl"] = True
         if max_registers:
             options["maxnreg"] = max_registers
-        compiled = self._function[grid](*args, *constants, **options)
+        if cluster > 1:
+            compiled = self._function.warmup(*args, *constants, grid=grid, **options)
+            if compiled is not None:
+                num_warps, _, shared_bytes = compiled.packed_metadata
+                compiled.packed_metadata = (num_warps, cluster, shared_bytes)
+                _run(compiled, grid, device, args, constants)
+        else:
+            compiled = self._function[grid](*args, *constants, **options)
         if compiled is not None and _KNOWN_RELEASE and not aligned & 15:
             self._variants[tuple(key)] = compiled

@@ -26,6 +26,7 @@ class Scratch:
     sums: Tensor  # fp32
     squares: Tensor  # fp32, of up to 64 tokens
     counters: Tensor  # int32, zero between launches
+    meetings: Tensor  # int32, of pairs of programs, which go up
 
 
 @functools.cache
@@ -35,6 +36,7 @@ def scratch(device: torch.device) -> Scratch:
         torch.empty(_SCRATCH_BYTES // 4, dtype=torch.float32, device=device),
         torch.empty(MAX_PROGRAMS * 64, dtype=torch.float32, device=device),
         torch.zeros(MAX_TILES, dtype=torch.int32, device=device),
+        torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
     )
 
 

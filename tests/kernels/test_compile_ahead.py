@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from kubeinfer.kernels.activation import silu_and_mul
+from kubeinfer.kernels.compile_ahead import in_processes
 from kubeinfer.kernels.norm import fused_add_rms_norm
-
-pytestmark = pytest.mark.gpu
 
 
 def kernels_in(cache: Path) -> set[Path]:
     return set(cache.rglob("*.cubin"))
 
 
+def test_processes_take_the_next_when_they_are_done(tmp_path: Path) -> None:
+    def work(numbers: Iterator[int]) -> None:
+        for number in numbers:
+            if number == 0:
+                time.sleep(0.5)
+            if number == 7:
+                raise ValueError("the eighth")
+            (tmp_path / f"{number} {os.getpid()}").touch()
+
+    assert in_processes(work, 300, 3) == 1
+    done = [tuple(map(int, path.name.split())) for path in tmp_path.iterdir()]
+    assert sorted(number for number, _ in done) == [n for n in range(300) if n != 7]
+    slow = next(process for number, process in done if number == 0)
+    assert sum(process == slow for _, process in done) < 50, "the others do what it has no time for"
+    assert len({process for _, process in done} - {os.getpid()}) == 3
+
+
+@pytest.mark.gpu
 def test_a_launch_finds_what_was_compiled_ahead(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +79,7 @@ def test_a_launch_finds_what_was_compiled_ahead(
     assert calls == [1, 1], "another rank has not: all run"
 
 
+@pytest.mark.gpu
 def test_a_long_prompt_is_compiled_ahead(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

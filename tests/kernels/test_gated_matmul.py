@@ -191,6 +191,19 @@ def test_a_layer_in_a_graph(device: str, paired: bool) -> None:
 
 
 @pytest.mark.gpu
+def test_programs_are_paired_where_the_table_says(device: str) -> None:
+    on_hopper(device)
+    from kubeinfer.kernels.gluon_gated_matmul import find_gated_form
+
+    forms = {m: find_gated_form(18944, 3584, m) for m in (448, 449, 512, 513, 1024, 8191, 8192, 16384)}
+    assert forms == {
+        448: None, 449: GatedForm(16, True), 512: GatedForm(16, True), 513: None, 1024: GatedForm(16),
+        8191: GatedForm(16), 8192: GatedForm(16, True), 16384: GatedForm(16, True),
+    }  # fmt: skip
+    assert find_gated_form(18944, 3580, 16384) is None
+
+
+@pytest.mark.gpu
 def test_what_it_does_not_take(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     on_hopper(device)
     from kubeinfer.kernels import gluon_gated_matmul

@@ -13,8 +13,10 @@ import hashlib
 import logging
 import os
 import signal
+import sys
 import time
 import warnings
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,20 +95,46 @@ class _Target:
 
 def compile_launches(launches: list[Launch], processes: int, capability: int) -> int:
     """Compile ``launches`` for compute ``capability`` (90: Hopper) in forked processes; how many processes failed."""
+
+    def compile_these(numbers: Iterator[int]) -> None:
+        from triton.runtime.driver import driver
+
+        driver.set_active(_Target(capability))
+        for number in numbers:
+            function, args, options = ordered[number]
+            function.warmup(*args, grid=(1, 1, 1), **options)
+
+    # Gluon kernels take seconds: not one of them last.
+    ordered = sorted(launches, key=lambda launch: "gluon" not in type(launch.function).__module__)
+    return in_processes(compile_these, len(ordered), processes)
+
+
+def in_processes(work: Callable[[Iterator[int]], None], count: int, processes: int) -> int:
+    """Have ``work`` done on the numbers below ``count`` (at most 32,768), in order, by forked processes of which each takes the next
+    when it is done with one; how many processes failed. What one failed at is not done again."""
+    todo, numbers = os.pipe()
+    os.write(numbers, array("H", range(count)).tobytes())
+    os.close(numbers)
+
+    def take() -> Iterator[int]:
+        while number := os.read(todo, 2):
+            yield int.from_bytes(number, sys.byteorder)
+
     children = []
-    for i in range(min(processes, len(launches))):
+    for _ in range(min(processes, count)):
         with warnings.catch_warnings():
-            # Other threads' locks are no matter: a child compiles and exits, and one that hangs is ended below.
+            # Other threads' locks are no matter: a child does its work and exits, and one that hangs is ended below.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
             status = 1
             try:
-                _compile(launches[i::processes], capability)
+                work(take())
                 status = 0
             finally:
                 os._exit(status)  # no exit handlers: the GPU is the parent's
         children.append(child)
+    os.close(todo)
     deadline = time.monotonic() + _MOST_SECONDS
     failed = 0
     for child in children:
@@ -119,14 +147,6 @@ def compile_launches(launches: list[Launch], processes: int, capability: int) ->
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.01)
     return failed
-
-
-def _compile(launches: list[Launch], capability: int) -> None:
-    from triton.runtime.driver import driver
-
-    driver.set_active(_Target(capability))
-    for function, args, options in launches:
-        function.warmup(*args, grid=(1, 1, 1), **options)
 
 
 def compile_ahead(

@@ -363,17 +363,18 @@ def find_gated_form(n: int, k: int, m: int) -> GatedForm | None:
     """The form of `gated_matmul_gluon` for ``n`` outputs of ``k`` inputs and ``m`` tokens; None where cuBLAS is as fast, or nothing
     is known.
 
-    Below MIN_MANY_ROWS the table knows multiples of 64 tokens, which is what captured steps of so many have.
+    Below MIN_MANY_ROWS the table knows multiples of 64 tokens, which is what captured steps of so many have. An entry's ``paired`` is
+    the number of tokens from which on programs are paired: with many, a last row of tiles that has no other costs little.
     """
-    return _find(n, k, MIN_MANY_ROWS if m >= MIN_MANY_ROWS else -(-m // 64) * 64)
+    found = _find(n, k, MIN_MANY_ROWS if m >= MIN_MANY_ROWS else -(-m // 64) * 64)
+    return None if found is None else GatedForm(found["group"], 0 < found.get("paired", 0) <= m)
 
 
 @functools.cache
-def _find(n: int, k: int, m: int) -> GatedForm | None:
+def _find(n: int, k: int, m: int) -> dict[str, int] | None:
     if n % 8 or k % 8:
         return None
-    found = tuned.lookup("linear", f"gated_matmul/{n}x{k}" + (f"/m{m}" if m < MIN_MANY_ROWS else ""))
-    return None if found is None else GatedForm(found["group"], bool(found.get("paired", 0)))
+    return tuned.lookup("linear", f"gated_matmul/{n}x{k}" + (f"/m{m}" if m < MIN_MANY_ROWS else ""))
 
 
 def gated_matmul_gluon(

@@ -30,7 +30,7 @@ from kubeinfer.worker.model_runner import ModelRunner
 from kubeinfer.worker.shared_prefix import MIN_BATCH, SharedPrefixFinder
 
 _MOST_PROFILED_TOKENS = 65536
-_WARM_TOKENS = (96, 160, 224, 288, 352, 448, 576, 704, 896, 1152, 1408, 1792, 2048, 3072, 4096)
+_WARM_TOKENS = (96, 160, 224, 288, 352, 448, 512, 576, 704, 896, 1152, 1408, 1792, 2048, 3072, 4096)
 
 
 def processes(group: Group, stage: Stage) -> int:

@@ -103,7 +103,10 @@ def _fetch_weights(w_rows, w, ready, at, column, k, N: gl.constexpr):
 
 @gluon.jit
 def _fetch_half_for_both(to, barrier, row, k):
-    """The weights' rows from ``row`` on, for the same places of both programs' shared memories, whose barriers count them."""
+    """The weights' rows from ``row`` on, for the same places of both programs' shared memories, whose barriers count them.
+
+    Gluon has no copy to several. Of `_gated_kernel` a descriptor is five parameters, so that the weights' own is number 5.
+    """
     gl.inline_asm_elementwise(
         """{
         .reg .pred lead;

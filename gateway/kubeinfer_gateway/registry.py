@@ -256,13 +256,15 @@ class Registry:
         model.wake()
 
     def _settle(self, name: str) -> None:
-        """A name that several objects claim belongs to the oldest of them."""
+        """A name that several objects claim belongs to the oldest of them; of one second, as the operator has it."""
         claims = self._claims.get(name)
         if not claims:
             self._claims.pop(name, None)
             self._winners.pop(name, None)
             return
-        self._winners[name] = min(claims.values(), key=lambda model: (model.spec.created, model.key))
+        self._winners[name] = min(
+            claims.values(), key=lambda model: (model.spec.created, model.key.split("/"))
+        )
 
     def find(self, name: str) -> Model | None:
         return self._winners.get(name)

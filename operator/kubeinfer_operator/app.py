@@ -121,6 +121,7 @@ class Operator:
     async def resync_models(self) -> None:
         """Compare the models with a list of the API server's."""
         seen = set()
+        known_before = self.world.caches[MODELS].keys()  # one that is made meanwhile is in no list
         for namespace in self.settings.watch_namespaces or (None,):
             listed = await self.kube.list(MODELS, namespace, cached=True)
             for model in listed["items"]:
@@ -131,8 +132,13 @@ class Operator:
                     or known["metadata"]["resourceVersion"] != model["metadata"]["resourceVersion"]
                 ):
                     self.controller.seen(model)
-        for key in self.world.caches[MODELS].keys() - seen:
-            self.controller.gone(key)
+        for key in known_before - seen:
+            try:
+                await self.kube.get(MODELS, *key)  # the list may be of a server that is behind
+            except KubeError as error:
+                if not error.not_found:
+                    raise
+                self.controller.gone(key)
 
     def health(self) -> str | None:
         """What is wrong, if anything: the operator's liveness tells the truth."""

@@ -13,23 +13,24 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kubeinfer_operator import names
-from kubeinfer_operator.conditions import ACCEPTED, READY, RUNTIME_READY, Finding, find, merge, transitions
+from kubeinfer_operator.conditions import ACCEPTED, READY, find, transitions
 from kubeinfer_operator.config import Settings
 from kubeinfer_operator.hub import Question
 from kubeinfer_operator.kube import CLASSES, MODELS, NODES, SECRETS, Kind, Kube, KubeError, Manifest
 from kubeinfer_operator.loads import Reader
 from kubeinfer_operator.metrics import Metrics
 from kubeinfer_operator.outcome import Follow, Outcome
-from kubeinfer_operator.reconcile import reconcile
+from kubeinfer_operator.reconcile import reconcile, refused
 from kubeinfer_operator.store import Key, key_of, slim
 from kubeinfer_operator.workqueue import WorkQueue
-from kubeinfer_operator.world import Probe, Progress, World
+from kubeinfer_operator.world import Probe, Progress, Token, World
 from kubeinfer_operator.writer import Refusal, Writer
 
 logger = logging.getLogger("kubeinfer.operator")
 
 DELETED_SECONDS = 0.5
 PROBE_AGAIN_SECONDS = 1.0
+PATIENCE = 4  # failures in a row, of some seconds in all, that may pass by themselves
 PROBE_FAILURES = 3
 NODE_SECONDS = 300.0
 EVENTS_WAITING = 10_000
@@ -115,12 +116,14 @@ class Controller:
             self.metrics.queue_seconds.observe(waited)
             try:
                 with self.metrics.reconcile_seconds.time():
-                    await self._reconcile(key)
-                self._failures.pop(key, None)
+                    done = await self._reconcile(key)
+                if done:
+                    self._failures.pop(key, None)
             except KubeError as error:
                 # A conflict or a server that restarts: what is cached is old, look again shortly.
                 self._retry(key, f"api-{error.status}")
-                if error.status not in (0, 404, 409, 429, 500, 503):
+                passing = error.status in (0, 404, 409, 429, 500, 503)
+                if not passing or self._failures[key] == PATIENCE:
                     logger.warning("%s/%s: %s", *key, error)
             except Exception:
                 self._retry(key, "bug")
@@ -133,39 +136,49 @@ class Controller:
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         self.queue.add(key, min(0.5 * 2 ** min(failures - 1, 8), 60.0) * random.uniform(0.8, 1.2))
 
-    async def _reconcile(self, key: Key) -> None:
+    async def _reconcile(self, key: Key) -> bool:
+        """Once; whether all that was to be written was."""
         model = self.world.get(MODELS, *key)
         if model is None:
             self.queue.forget(key)
-            return
+            return True
         await self._device_memory(model)
         now = datetime.now(UTC)
         outcome = reconcile(model, self.world, now)
         if model["metadata"].get("deletionTimestamp"):
-            return
-        try:
-            await self._writer.perform(outcome.actions)
-        except Refusal as refusal:
-            self._refused(model, outcome, refusal, now)
+            return True
+        refusal = await self._perform(key, outcome)
+        if refusal is not None:
+            refused(model, outcome, refusal.kind, str(refusal), now)
             self._retry(key, f"refused-{refusal.status}")
         await self._write_status(model, outcome)
         self._errands(key, outcome)
         if outcome.again is not None:
             self.queue.add(key, outcome.again)
+        return refusal is None
 
-    def _refused(self, model: Manifest, outcome: Outcome, refusal: Refusal, now: datetime) -> None:
-        """Say in the status what the API server will not have (a quota, a policy, an admission webhook)."""
-        finding = Finding(RUNTIME_READY, "False", "ApplyRefused", str(refusal))
-        generation = int(model["metadata"].get("generation", 1))
-        outcome.status["conditions"] = merge(outcome.status["conditions"], [finding], generation, now)
-        outcome.status["message"] = f"{RUNTIME_READY}: {refusal}"[:512]
+    async def _perform(self, key: Key, outcome: Outcome) -> Refusal | None:
+        """Make the writes; what the API server refuses for good, or has failed at for a while."""
+        try:
+            await self._writer.perform(outcome.actions)
+        except Refusal as refusal:
+            return refusal
+        except KubeError as error:
+            if isinstance(error.refusal, Refusal) and self._failures.get(key, 0) >= PATIENCE:
+                return error.refusal
+            raise
+        return None
 
     async def _write_status(self, model: Manifest, outcome: Outcome) -> None:
         before = (model.get("status") or {}).get("conditions") or []
         written = await self._writer.status(model, outcome.status)
         if written is None:
             return
-        self.world.put_model(slim(written))
+        known = self.world.get(MODELS, *key_of(written))
+        if (
+            known is not None and known["metadata"]["uid"] == written["metadata"]["uid"]
+        ):  # else deleted meanwhile
+            self.world.put_model(slim(written))
         for condition in transitions(before, outcome.status["conditions"]):
             if not worth_telling(condition, find(before, condition["type"])):
                 continue
@@ -231,22 +244,32 @@ class Controller:
     async def _ask(self, key: Key, questions: list[Question]) -> None:
         model = self.world.get(MODELS, *key)
         ref = ((model or {}).get("spec") or {}).get("model", {}).get("tokenSecretRef")
-        if ref is not None and self.world.tokens.get(key) != (token := await self._token(key[0], ref)):
+        if ref is None:
+            self.world.tokens.pop(key, None)
+        elif self.world.tokens.get(key) != (token := await self._token(key[0], ref)):
             self.world.tokens[key] = token
             self.queue.add(key)
             return
         for question in questions:
             self.world.desk.request(question, lambda: self.queue.add(key))
 
-    async def _token(self, namespace: str, ref: dict[str, str]) -> str:
-        """The token, or nothing where the Secret is not there: the hub's refusal then says what is missing."""
+    async def _token(self, namespace: str, ref: dict[str, str]) -> Token:
+        """The token, or nothing and why: what needs none is fetched all the same, and a hub's refusal is told with it."""
+        name, key = ref["name"], ref.get("key", "token")
         try:
-            secret = await self.kube.get(SECRETS, namespace, ref["name"])
+            secret = await self.kube.get(SECRETS, namespace, name)
         except KubeError as error:
-            logger.warning("secret %s/%s cannot be read: %s", namespace, ref["name"], error)
-            return ""
-        data = (secret.get("data") or {}).get(ref.get("key", "token"), "")
-        return base64.b64decode(data).decode("utf-8", "replace").strip()
+            logger.warning("secret %s/%s cannot be read: %s", namespace, name, error)
+            what = {
+                403: "may not be read by the operator: name it in the chart's tokenSecrets",
+                404: "does not exist",
+            }.get(error.status, f"could not be read: {error}")
+            return Token(name, key, problem=f"Secret {name!r} of tokenSecretRef {what}")
+        data = secret.get("data") or {}
+        if not data.get(key):
+            there = ", ".join(sorted(data)) or "none"
+            return Token(name, key, problem=f"Secret {name!r} has no key {key!r} (there are: {there})")
+        return Token(name, key, base64.b64decode(data[key]).decode("utf-8", "replace").strip())
 
     async def _follow(self, key: Key, follow: Follow) -> None:
         try:

@@ -14,6 +14,7 @@ PLURAL = "inferencemodels"
 
 LABEL_MODEL = f"{GROUP}/model"
 LABEL_REVISION = f"{GROUP}/revision"
+LABEL_ARTIFACT = f"{GROUP}/artifact"
 LABEL_OUTCOME = f"{GROUP}/outcome"
 LABEL_COMPONENT = "app.kubernetes.io/component"
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from kubeinfer_operator.api.v1alpha1 import InferenceModelSpec
 from kubeinfer_operator.conditions import Finding
 from kubeinfer_operator.hub import Question
 from kubeinfer_operator.kube import Kind, Manifest
@@ -49,9 +50,10 @@ class Follow:
 
 @dataclass
 class Outcome:
-    """Collected by the stages. ``again``: seconds until a look without a reason (None: only events wake)."""
+    """Collected by the stages. ``spec``: None where it cannot be understood; ``again``: seconds until a look without a reason (None: only events wake)."""
 
     actions: list[Action] = field(default_factory=list)
+    spec: InferenceModelSpec | None = None
     findings: list[Finding] = field(default_factory=list)
     status: dict[str, Any] = field(default_factory=dict)
     questions: list[Question] = field(default_factory=list)

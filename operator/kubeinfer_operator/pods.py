@@ -33,6 +33,17 @@ def is_leaving(pod: Pod) -> bool:
     return bool(pod["metadata"].get("deletionTimestamp"))
 
 
+def has_ended(pod: Pod) -> bool:
+    """Whether nothing of it will run again."""
+    return pod.get("status", {}).get("phase") in ("Failed", "Succeeded")
+
+
+def why_ended(pod: Pod) -> str:
+    """What the kubelet says of a pod that has ended as a whole: evicted, refused, lost with its node."""
+    status = pod.get("status", {})
+    return f"pod {pod['metadata']['name']} ended: {status.get('reason', 'Failed')}: {status.get('message', 'no message')}"
+
+
 def container_status(pod: Pod, name: str) -> dict[str, Any] | None:
     """Status of a container or init container."""
     status = pod.get("status", {})

@@ -7,7 +7,7 @@ from typing import Any
 
 from kubeinfer_operator import names
 from kubeinfer_operator.api.v1alpha1 import InferenceModelSpec
-from kubeinfer_operator.builders.arguments import served_names
+from kubeinfer_operator.builders.runtime import served_by
 from kubeinfer_operator.builders.weights import owns_claim
 from kubeinfer_operator.conditions import (
     ACCEPTED,
@@ -21,11 +21,13 @@ from kubeinfer_operator.conditions import (
     no,
     yes,
 )
-from kubeinfer_operator.kube import CLAIMS, DEPLOYMENTS, JOBS, SERVICES, Manifest
+from kubeinfer_operator.kube import CLAIMS, DEPLOYMENTS, JOBS, REVISIONS, SERVICES, Kind, Manifest
 from kubeinfer_operator.outcome import Delete, Outcome
+from kubeinfer_operator.pods import is_ready
 from kubeinfer_operator.stages.accept import accept, owned_by
+from kubeinfer_operator.stages.revisions import revision_of, runtime_pods
 from kubeinfer_operator.stages.runtime import RuntimeState, observe, run_runtime
-from kubeinfer_operator.stages.weights import WeightsState, fetch_weights
+from kubeinfer_operator.stages.weights import WeightsState, fetch_weights, others_jobs
 from kubeinfer_operator.store import key_of
 from kubeinfer_operator.world import World
 
@@ -38,6 +40,7 @@ def reconcile(model: Manifest, world: World, now: datetime) -> Outcome:
     namespace, name = key_of(model)
     spec, accepted = accept(model, world)
     out.findings.append(accepted)
+    out.spec = spec
     if spec is None:
         # Nothing is written for a spec that cannot be understood; what serves goes on serving.
         deployment = world.get(DEPLOYMENTS, namespace, name)
@@ -45,20 +48,40 @@ def reconcile(model: Manifest, world: World, now: datetime) -> Outcome:
         wanted = int(mine["spec"].get("replicas", 0)) if mine else 0
         revision = (mine["metadata"].get("labels") or {}).get(names.LABEL_REVISION) if mine else None
         runtime = observe(model, world, out, wanted, revision, held=True)
-        _ready(model, world, runtime, (name,), out)
+        _ready(model, world, runtime, out)
     else:
         weights = fetch_weights(model, spec, world, now, out)
         runtime = run_runtime(model, spec, world, weights, out)
-        _ready(model, world, runtime, tuple(served_names(name, spec)), out)
-        if runtime.complete and weights.ready:
+        _ready(model, world, runtime, out)
+        # What was rolled back to, and what has never served, may need what an earlier spec asked for.
+        if runtime.complete and runtime.has_served and weights.ready:
             _collect(model, spec, world, weights, out)
-    _finish(model, spec, out, now)
+    _finish(model, out, now)
     return out
 
 
-def _ready(
-    model: Manifest, world: World, runtime: RuntimeState, served: tuple[str, ...], out: Outcome
-) -> None:
+def refused(model: Manifest, out: Outcome, kind: Kind, message: str, now: datetime) -> None:
+    """Say in the status what the API server will not have (a quota, a policy, an admission webhook)."""
+    stage = WEIGHTS_READY if kind in (CLAIMS, JOBS) else RUNTIME_READY
+    out.findings.insert(0, no(stage, "ApplyRefused", message))
+    ready = next(finding for finding in out.findings if finding.type == READY)
+    blocking = _blocking(out.findings)
+    if ready.status != "True" and blocking is not None:
+        out.findings.remove(ready)
+        out.findings.append(no(READY, blocking.reason, blocking.message))
+    _finish(model, out, now)
+
+
+def _names_served(model: Manifest, world: World) -> tuple[str, ...]:
+    """Names that all pods answer to which are ready: while names change, not those that the spec asks for."""
+    namespace, name = key_of(model)
+    revisions = {revision_of(pod) for pod in runtime_pods(world, model) if is_ready(pod)}
+    records = [world.get(REVISIONS, namespace, names.revision_name(name, str(found))) for found in revisions]
+    served = [set(served_by(record["data"]["template"])) for record in records if record is not None]
+    return tuple(sorted(set.intersection(*served))) if served else ()
+
+
+def _ready(model: Manifest, world: World, runtime: RuntimeState, out: Outcome) -> None:
     """Ready only after the model has answered through its Service, and while it does."""
     namespace, name = key_of(model)
     if runtime.ready == 0:
@@ -69,7 +92,7 @@ def _ready(
     probe = world.probes.get((namespace, name))
     if address and address != "None":
         out.probe = f"http://{f'[{address}]' if ':' in address else address}:{names.RUNTIME_PORT}/v1/models"
-        out.probe_names = served
+        out.probe_names = _names_served(model, world)
     if probe is None:
         before = find((model.get("status") or {}).get("conditions") or [], READY)
         if before is not None and before["status"] == "True":
@@ -147,7 +170,7 @@ def _phase(spec: InferenceModelSpec | None, findings: dict[str, Finding], *, fet
     )
 
 
-def _finish(model: Manifest, spec: InferenceModelSpec | None, out: Outcome, now: datetime) -> None:
+def _finish(model: Manifest, out: Outcome, now: datetime) -> None:
     """Conditions, phase and message into the status; what was not looked at is kept."""
     before: dict[str, Any] = model.get("status") or {}
     generation = int(model["metadata"].get("generation", 1))
@@ -155,14 +178,14 @@ def _finish(model: Manifest, spec: InferenceModelSpec | None, out: Outcome, now:
     for finding in out.findings:
         first.setdefault(finding.type, finding)
     blocking = _blocking(out.findings)
-    out.status["phase"] = _phase(spec, first, fetching=out.follow is not None)
+    out.status["phase"] = _phase(out.spec, first, fetching=out.follow is not None)
     if blocking is not None:
         out.status["message"] = f"{blocking.type}: {blocking.message}"[:512]
     elif first[READY].status != "True":
         out.status["message"] = first[READY].message[:512]
     out.status["observedGeneration"] = generation
     out.status["conditions"] = merge(before.get("conditions") or [], out.findings, generation, now)
-    for kept in ("weights", "plan") if spec is None else ("plan",):
+    for kept in ("weights", "plan") if out.spec is None else ("plan",):
         if kept not in out.status and before.get(kept) is not None:
             out.status[kept] = before[kept]
 
@@ -172,11 +195,10 @@ def _collect(
 ) -> None:
     """Once the wanted revision serves: take away what an earlier spec needed."""
     namespace, name = key_of(model)
-    for job in world.of_model(JOBS, namespace, name):
-        meta = job["metadata"]
-        alone = [ref.get("uid") for ref in meta.get("ownerReferences") or []] == [model["metadata"]["uid"]]
-        if alone and meta["name"] not in weights.jobs and not meta.get("deletionTimestamp"):
-            out.actions.append(Delete(JOBS, namespace, meta["name"], meta["uid"]))
+    for job in others_jobs(model, world, weights.jobs):
+        delete = Delete(JOBS, namespace, job["metadata"]["name"], job["metadata"]["uid"])
+        if delete not in out.actions:
+            out.actions.append(delete)
     claim = world.get(CLAIMS, namespace, names.claim_name(name))
     if claim is not None and not owns_claim(spec) and owned_by(claim, model):
         meta = claim["metadata"]

@@ -191,7 +191,7 @@ def subset(wanted: Any, found: Any) -> bool:
         if not isinstance(found, dict):
             return found is None and not wanted
         return all(subset(value, found.get(key)) for key, value in wanted.items())
-    if wanted is None or wanted == []:
+    if wanted is None or wanted == [] or wanted == "":
         return not found
     if isinstance(wanted, list):
         return isinstance(found, list) and len(wanted) == len(found) and all(map(subset, wanted, found))

@@ -46,6 +46,16 @@ class Probe:
     at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """What a Secret's ``key`` held when it was last read; else why that is nothing, in ``problem``."""
+
+    secret: str
+    key: str
+    value: str = ""
+    problem: str = ""
+
+
 @dataclass
 class World:
     """A snapshot as far as one reconcile is concerned: nothing in it changes while the (synchronous) function runs."""
@@ -61,7 +71,7 @@ class World:
         }
     )  # fmt: skip
     desk: HubDesk = field(default_factory=HubDesk)
-    tokens: dict[Key, str] = field(default_factory=dict)
+    tokens: dict[Key, Token] = field(default_factory=dict)
     progress: dict[Key, Progress] = field(default_factory=dict)
     probes: dict[Key, Probe] = field(default_factory=dict)
     decisions: dict[Key, int] = field(default_factory=dict)

@@ -22,11 +22,11 @@ class Refusal(Exception):
     """The API server refuses a write for a reason that a person must see."""
 
     def __init__(self, action: Action, error: KubeError) -> None:
-        what = action.manifest["kind"] if isinstance(action, Apply) else action.kind.kind
+        self.kind = KINDS[action.manifest["kind"]] if isinstance(action, Apply) else action.kind
         name = action.manifest["metadata"]["name"] if isinstance(action, Apply) else action.name
         # Some refusals go on with a dump of the object.
         said = error.message.strip().splitlines()[0][:400] if error.message.strip() else error.reason
-        super().__init__(f"the API server refuses {what} {name}: {said}")
+        super().__init__(f"the API server refuses {self.kind.kind} {name}: {said}")
         self.status = error.status
 
 
@@ -56,7 +56,8 @@ class Writer:
         self._kube, self._world = kube, world
 
     async def perform(self, actions: list[Action]) -> int:
-        """Do ``actions`` in order; returns how many were needed. Raises :class:`Refusal` or :class:`KubeError`."""
+        """Do ``actions`` in order; returns how many were needed. Raises :class:`Refusal`, or :class:`KubeError` with the Refusal that it
+        will be if it lasts."""
         done = 0
         for action in actions:
             try:
@@ -66,6 +67,8 @@ class Writer:
                     error.status == 409 and "being deleted" not in error.message
                 ):
                     raise Refusal(action, error) from error
+                if error.status >= 500:
+                    error.refusal = Refusal(action, error)
                 raise
         return done
 

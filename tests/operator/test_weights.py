@@ -20,7 +20,7 @@ from kubeinfer_operator.kube import (
     PODS,
     POLICIES,
 )
-from kubeinfer_operator.world import Progress
+from kubeinfer_operator.world import Progress, Token
 
 
 def test_failed_download_then_mirror_then_first_again() -> None:
@@ -188,7 +188,7 @@ def test_secrets_of_the_template_stay_within_the_hub_they_are_for() -> None:
     )
     out = cluster.reconcile()
     assert out.token_needed
-    cluster.world.tokens[("default", "smol")] = "secret"
+    cluster.world.tokens[("default", "smol")] = Token("hub", "token", "secret")
     cluster.settle()
     asked = {question[0].scheme: question[3] for question in cluster.desk.asked}
     assert asked == {"hf": "secret", "modelscope": ""}

@@ -60,14 +60,14 @@ def pull_job(
     owners: Sequence[dict[str, Any]],
     settings: Settings,
     *,
-    in_use: Sequence[str] = (),
+    keep: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The Job ``name``. Its pods stay after a failure, so that their termination message can be read.
 
-    ``in_use``: folders of earlier revisions that pods read or may go back to. With any, all others are removed first:
-    a claim of the model's own holds what serves and what comes, however often the model changes.
+    ``keep``: folders of the revision that comes, and of earlier ones that pods read or may go back to. If given, all others are removed
+    first: a claim of the model's own holds what serves and what comes, however often the model changes.
     """
-    labels = {**names.labels(model, names.COMPONENT_PULLER), f"{names.GROUP}/artifact": artifact.folder}
+    labels = {**names.labels(model, names.COMPONENT_PULLER), names.LABEL_ARTIFACT: artifact.folder}
     vol = volume(model, spec, read_only=False)
     assert vol is not None, claim_of(model, spec)
     pod: dict[str, Any] = {
@@ -79,8 +79,8 @@ def pull_job(
         "volumes": [vol, {"name": "tmp", "emptyDir": {}}],
         **placement(spec),
     }
-    if in_use:
-        pod["initContainers"] = [prune_container(pod["containers"][0], sorted({*in_use, artifact.folder}))]
+    if keep:
+        pod["initContainers"] = [prune_container(pod["containers"][0], sorted(set(keep)))]
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -24,6 +25,9 @@ from kubeinfer_operator.config import Settings
 PRE_STOP_SECONDS = 3
 EXIT_MARGIN_SECONDS = 10
 CACHE_DIR = "/var/cache/kubeinfer"
+# A container that hangs while it starts is started again after this. Whether a change is given up the Deployment says, whose
+# deadline can be moved without new pods.
+STARTUP_SECONDS = 14400
 
 
 def template_key(name: str, spec: InferenceModelSpec, artifact: Artifact | None) -> str:
@@ -44,7 +48,13 @@ def template_key(name: str, spec: InferenceModelSpec, artifact: Artifact | None)
     for volatile in ("mirrors", "revision"):
         wrote["model"].pop(volatile, None)
     wrote["model"]["uri"] = artifact.uri if artifact is not None else spec.model.uri
-    wrote.get("storage", {}).get("persistentVolumeClaim", {}).pop("size", None)
+    if storage_kind(spec) == "claim":  # whose pods fetch nothing
+        wrote["model"].pop("tokenSecretRef", None)
+        wrote.get("storage", {}).pop("persistentVolumeClaim", None)
+    if not wrote.get("storage"):
+        wrote.pop("storage", None)
+    if wrote.get("resources"):
+        wrote["resources"].pop("memoryPerDevice", None)  # for the plan
     return names.digest([name, wrote])
 
 
@@ -105,7 +115,9 @@ def pod_template(
     ]
     if getattr(spec.engine, "tokenizer", None):
         env.pop()
-    env += [item.model_dump(by_alias=True, exclude_none=True) for item in spec.template.env]
+    # A name that is given again replaces ours, as the last of two does: two entries of a name cannot be applied.
+    given = {item.name: item.model_dump(by_alias=True, exclude_none=True) for item in spec.template.env}
+    env = [item for item in env if item["name"] not in given] + list(given.values())
     container: dict[str, Any] = {
         "name": "runtime",
         "image": spec.image or settings.runtime_image(spec.resources.device),
@@ -117,7 +129,10 @@ def pod_template(
         "resources": _resources(spec, weight_bytes),
         "securityContext": container_security(),
         "startupProbe": _get(
-            "/health", periodSeconds=1, timeoutSeconds=2, failureThreshold=spec.rollout.progress_deadline
+            "/health",
+            periodSeconds=1,
+            timeoutSeconds=2,
+            failureThreshold=max(spec.rollout.progress_deadline, STARTUP_SECONDS),
         ),
         "readinessProbe": _get("/health", periodSeconds=2, timeoutSeconds=3, failureThreshold=2),
         # A step that hangs makes /health fail; a busy one does not. A minute of it is no accident.
@@ -148,6 +163,13 @@ def pod_template(
     if spec.template.annotations:
         metadata["annotations"] = dict(spec.template.annotations)
     return {"metadata": metadata, "spec": pod}
+
+
+def served_by(template: dict[str, Any]) -> list[str]:
+    """The names in the OpenAI API that pods of a template answer to."""
+    arguments = template["spec"]["containers"][0]["args"]
+    names_on = arguments[arguments.index("--served-model-name") + 1 :]
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), names_on))
 
 
 def deployment(

@@ -12,7 +12,7 @@ from typing import Any
 from kubeinfer_operator import names
 from kubeinfer_operator.kube import PODS, REVISIONS, Manifest
 from kubeinfer_operator.outcome import Annotate, Delete, Outcome
-from kubeinfer_operator.pods import Problem, container_status, is_leaving, is_ready, problem
+from kubeinfer_operator.pods import Problem, container_status, has_ended, is_leaving, is_ready, problem
 from kubeinfer_operator.store import key_of
 from kubeinfer_operator.world import World
 
@@ -35,6 +35,11 @@ def revision_of(obj: Manifest | None) -> str | None:
 
 def _outcome(record: Manifest) -> str | None:
     return (record["metadata"].get("labels") or {}).get(names.LABEL_OUTCOME)
+
+
+def has_served(record: Manifest | None) -> bool:
+    """Whether a template has been rolled out whole, and answered."""
+    return record is not None and _outcome(record) == GOOD
 
 
 def records_of(world: World, model: Manifest) -> list[Manifest]:
@@ -68,7 +73,7 @@ def failure_of(record: Manifest | None) -> Failure | None:
 
 def last_good(records: list[Manifest], but: str) -> Manifest | None:
     """The newest record that once served, other than ``but``."""
-    return next((r for r in records if _outcome(r) == GOOD and revision_of(r) != but), None)
+    return next((r for r in records if has_served(r) and revision_of(r) != but), None)
 
 
 def mark(record: Manifest, outcome: str, out: Outcome, *, message: str = "") -> None:
@@ -92,13 +97,17 @@ def prune(records: list[Manifest], keep: set[str], out: Outcome) -> None:
             out.actions.append(Delete(REVISIONS, namespace, name, record["metadata"]["uid"]))
 
 
-def runtime_pods(world: World, model: Manifest, revision: str | None = None) -> list[Manifest]:
-    """Runtime pods of a model, of one revision if given."""
+def runtime_pods(
+    world: World, model: Manifest, revision: str | None = None, *, ended: bool = False
+) -> list[Manifest]:
+    """Runtime pods of a model, of one revision if given. Those that have ended (evicted, a node that shut down) stay listed until
+    somebody deletes them, though others take their place: they are left out, or ``ended`` are the only ones."""
     namespace, name = key_of(model)
     pods = [
         pod
         for pod in world.of_model(PODS, namespace, name)
         if (pod["metadata"].get("labels") or {}).get(names.LABEL_COMPONENT) == names.COMPONENT_RUNTIME
+        and has_ended(pod) == ended
     ]
     return [pod for pod in pods if revision is None or revision_of(pod) == revision]
 
@@ -110,7 +119,7 @@ def pods_problem(pods: list[Manifest]) -> Problem | None:
 
 
 def crashing(pods: list[Manifest]) -> bool:
-    """Whether a pod that was never ready has ended again and again."""
+    """Whether a pod that is not ready has ended again and again."""
     for pod in pods:
         status = container_status(pod, "runtime")
         if (
@@ -123,14 +132,19 @@ def crashing(pods: list[Manifest]) -> bool:
     return False
 
 
-def given_up(deployment: Manifest) -> bool:
-    """Whether the Deployment controller has waited out the progress deadline."""
+def _progress(deployment: Manifest) -> str | None:
+    """The reason of the Deployment's condition Progressing, once its controller has seen the last change."""
     status = deployment.get("status", {})
     if status.get("observedGeneration", 0) < deployment["metadata"].get("generation", 0):
-        return False
-    return any(
-        c["type"] == "Progressing"
-        and c["status"] == "False"
-        and c.get("reason") == "ProgressDeadlineExceeded"
-        for c in status.get("conditions") or []
-    )
+        return None
+    return next((c.get("reason") for c in status.get("conditions") or [] if c["type"] == "Progressing"), None)
+
+
+def given_up(deployment: Manifest) -> bool:
+    """Whether the Deployment controller has waited out the progress deadline."""
+    return _progress(deployment) == "ProgressDeadlineExceeded"
+
+
+def rolls_out(deployment: Manifest) -> bool:
+    """Whether the Deployment controller has begun with the template and not yet had all its pods ready."""
+    return _progress(deployment) not in (None, "NewReplicaSetAvailable")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kubeinfer_operator import names
@@ -12,7 +12,7 @@ from kubeinfer_operator.builders import runtime as build
 from kubeinfer_operator.conditions import RUNTIME_READY, Finding, no, unknown, yes
 from kubeinfer_operator.kube import DEPLOYMENTS, REVISIONS, Manifest
 from kubeinfer_operator.outcome import Apply, Outcome
-from kubeinfer_operator.pods import is_leaving, is_ready
+from kubeinfer_operator.pods import is_leaving, is_ready, why_ended
 from kubeinfer_operator.stages import revisions
 from kubeinfer_operator.stages.accept import owned_by
 from kubeinfer_operator.stages.weights import WeightsState
@@ -22,7 +22,7 @@ from kubeinfer_operator.world import World
 
 @dataclass(frozen=True, slots=True)
 class RuntimeState:
-    """``wanted`` replicas, ``ready`` pods, all of them of the wanted revision (``complete``) or not."""
+    """``wanted`` replicas, ``ready`` pods, all of them of the wanted revision (``complete``) or not; whether that one ``has_served``."""
 
     wanted: int
     pods: int
@@ -30,6 +30,7 @@ class RuntimeState:
     complete: bool
     rolled_back: str | None = None
     revision: str | None = None
+    has_served: bool = False
 
 
 def wanted_replicas(model: Manifest, spec: InferenceModelSpec, world: World) -> int:
@@ -107,6 +108,8 @@ def run_runtime(
         and deployment is not None
         and deployed == wanted
         and record is not None
+        # A pod that crashes later is no failed change; going back to what has served once is a change.
+        and (not revisions.has_served(record) or revisions.rolls_out(deployment))
         and good is not None
     ):
         failure = _check_failed(model, world, deployment, record, out)
@@ -124,6 +127,7 @@ def run_runtime(
         and rolled_back is None
         and _answered(model, world)
     ):
+        state = replace(state, has_served=True)
         revisions.mark(record, revisions.GOOD, out)
         kept = {wanted, str(deployed)}
         if good is not None:
@@ -168,6 +172,10 @@ def observe(
     staying = [pod for pod in pods if not is_leaving(pod)]
     ready = [pod for pod in staying if is_ready(pod)]
     current = [pod for pod in ready if revisions.revision_of(pod) == revision]
+    ended = sorted(
+        revisions.runtime_pods(world, model, revision, ended=True),
+        key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")),
+    )
     complete = len(current) >= wanted and len(staying) == len(current) and not held
     out.status |= {
         "replicas": len(staying),
@@ -180,7 +188,7 @@ def observe(
     if revision is not None:
         out.status["revision"] = revision
     out.findings.append(
-        _finding(deployment, staying, current, ready, wanted, complete, revision, held, rolled_back)
+        _finding(deployment, staying, current, ready, wanted, complete, revision, held, rolled_back, ended)
     )
     return RuntimeState(wanted, len(staying), len(ready), complete, rolled_back, revision)
 
@@ -195,6 +203,7 @@ def _finding(
     revision: str | None,
     held: bool,
     rolled_back: str | None,
+    ended: list[Manifest],
 ) -> Finding:
     if rolled_back is not None:
         return no(
@@ -220,6 +229,8 @@ def _finding(
     if quota is not None and len(new) < wanted:
         return no(RUNTIME_READY, "PodCreationFailed", quota)
     figures = f"{len(current)} of {wanted} replicas are ready"
+    if ended and not ready:
+        figures += f"; {why_ended(ended[-1])}"
     if len(ready) > len(current):
         return no(RUNTIME_READY, "Updating", figures + ", the revision before serves meanwhile")
     if deployment is not None and revisions.given_up(deployment):

@@ -56,6 +56,13 @@ def ensure_claim(
         text = f"PersistentVolumeClaim {claim!r} belongs to something else: delete it, or set spec.storage.existingClaim"
         out.findings.append(no(WEIGHTS_READY, "NameTaken", text))
         return None
+    if found is not None and (fixed := _immutable(spec, found)):
+        text = (
+            f"PersistentVolumeClaim {claim!r} has {fixed}, which cannot be changed: take that back in "
+            "spec.storage.persistentVolumeClaim, delete the model and create it again, or use spec.storage.existingClaim"
+        )
+        out.findings.append(no(WEIGHTS_READY, "ClaimImmutable", text))
+        return None
     if wanted and wanted.size:
         need = str(wanted.size)
     elif total:
@@ -97,6 +104,17 @@ def ensure_claim(
     elif found.get("status", {}).get("phase") == "Pending":
         out.look_again(UNBOUND_SECONDS)
     return found
+
+
+def _immutable(spec: InferenceModelSpec, claim: Manifest) -> str:
+    """What the claim has that the spec wants otherwise."""
+    wanted = spec.storage.persistent_volume_claim
+    if wanted is None:
+        return ""
+    name, modes = claim["spec"].get("storageClassName"), claim["spec"].get("accessModes") or []
+    if wanted.storage_class_name is not None and name is not None and wanted.storage_class_name != name:
+        return f"StorageClass {name!r}"
+    return f"accessModes {modes}" if modes and set(wanted.access_modes) != set(modes) else ""
 
 
 def _class_trouble(spec: InferenceModelSpec, world: World) -> tuple[str, str] | None:

@@ -31,17 +31,18 @@ from kubeinfer_operator.conditions import (
     yes,
 )
 from kubeinfer_operator.hub import HubError, Question
-from kubeinfer_operator.kube import CLAIMS, JOBS, MODELS, PODS, Manifest
+from kubeinfer_operator.kube import CLAIMS, DEPLOYMENTS, JOBS, MODELS, PODS, Manifest
 from kubeinfer_operator.outcome import Annotate, Apply, Delete, Follow, Outcome
 from kubeinfer_operator.plan import Hub, plan
-from kubeinfer_operator.pods import container_status, last_end, problem, puller_error
-from kubeinfer_operator.stages.revisions import folder_of, records_of
+from kubeinfer_operator.pods import container_status, has_ended, is_leaving, last_end, problem, puller_error
+from kubeinfer_operator.stages.revisions import folder_of, has_served, records_of, revision_of
 from kubeinfer_operator.stages.storage import ensure_claim
 from kubeinfer_operator.store import key_of
-from kubeinfer_operator.world import World
+from kubeinfer_operator.world import Token, World
 
 RETRY_SECONDS = 120.0
 RETRY_PERMANENT_SECONDS = 600.0
+NO_POD_SECONDS = 30.0  # in which the Job controller has made one, if it may
 
 
 @dataclass
@@ -76,11 +77,25 @@ class _Stage:
         self.state = WeightsState()
         self.weights: dict[str, Any] = {"request": self.request}
 
+    def token(self, source: ModelSource) -> Token | None:
+        """The token for ``source``, if the spec names one now, it is for that hub, and has been read."""
+        ref, first = self.spec.model.token_secret_ref, sources_of(self.spec.model)[0]
+        known = self.world.tokens.get((self.namespace, self.name))
+        if ref is None or known is None or source.scheme != first.scheme:
+            return None
+        return known if (known.secret, known.key) == (ref.name, ref.key) else None
+
     def question(self, source: ModelSource) -> Question:
-        token = self.world.tokens.get((self.namespace, self.name), "")
-        first = sources_of(self.spec.model)[0]
+        token = self.token(source)
         include = tuple(sorted(self.spec.model.include))
-        return source, include, excluded(self.spec), token if source.scheme == first.scheme else ""
+        return source, include, excluded(self.spec), token.value if token else ""
+
+    def refused(self, source: ModelSource, error: HubError) -> tuple[ModelSource, str, str]:
+        """Why a source has failed: the hub's word, and what is wrong with the token."""
+        token = self.token(source)
+        denied = error.reason in ("Forbidden", "ModelNotFound") and token is not None and token.problem
+        said = f"{error.message}; {token.problem}" if denied and token else error.message
+        return source, error.reason, said
 
     def pinned(self, source: ModelSource) -> str | None:
         """The commit that an earlier look resolved this source to: branches may move, a served model does not."""
@@ -92,9 +107,12 @@ class _Stage:
         sources = sources_of(self.spec.model)
         if not sources[0].is_hub:
             return self.given()
-        if self.spec.model.token_secret_ref and (self.namespace, self.name) not in self.world.tokens:
+        if self.spec.model.token_secret_ref and self.token(sources[0]) is None:
             self.out.token_needed = True
         failures: list[tuple[ModelSource, str, str]] = []
+        if self.before.get("progress") == "100%":
+            # What has been fetched stays, also when a source before it answers again.
+            sources.sort(key=lambda source: self.pinned(source) is None)
         for source in sources:
             revision = self.pinned(source)
             if revision is None or not self.was_planned():
@@ -107,7 +125,7 @@ class _Stage:
                         return self.asking(source, failures)
                     answer = last
                 if isinstance(answer, HubError):
-                    failures.append((source, answer.reason, answer.message))
+                    failures.append(self.refused(source, answer))
                     if revision is None:
                         # An answer that is too old has been asked for again above; its arrival wakes us.
                         if due := self.world.desk.due_in(self.question(asked)):
@@ -246,7 +264,7 @@ class _Stage:
                 artifact,
                 owners,
                 self.world.settings,
-                in_use=self.in_use(),
+                keep=self.kept(artifact),
             )
             self.out.actions.append(Apply(manifest))
             self.under_way("the download begins")
@@ -264,11 +282,29 @@ class _Stage:
             self.out.actions.append(Annotate(JOBS, self.namespace, name, {"ownerReferences": merged}))
         return self.look_at(job)
 
+    def stop_others(self, artifact: Artifact) -> None:
+        """Take away this model's Jobs that the spec no longer asks for, if they still fetch, or if what they fetched need not stay."""
+        kept = self.kept(artifact)
+        for job in others_jobs(self.model, self.world, self.state.jobs):
+            ended = any(c["status"] == "True" for c in job.get("status", {}).get("conditions") or [])
+            folder = job["metadata"]["labels"].get(names.LABEL_ARTIFACT)
+            if not ended or (kept and folder not in kept):
+                meta = job["metadata"]
+                self.out.actions.append(Delete(JOBS, self.namespace, meta["name"], meta["uid"]))
+
     def in_use(self) -> list[str]:
         """Folders of the model's own claim that pods read, or may go back to."""
         if not owns_claim(self.spec):
             return []
-        return [folder for record in records_of(self.world, self.model) if (folder := folder_of(record))]
+        deployed = revision_of(self.world.get(DEPLOYMENTS, self.namespace, self.name))
+        kept = [r for r in records_of(self.world, self.model) if has_served(r) or revision_of(r) == deployed]
+        return [folder for record in kept if (folder := folder_of(record))]
+
+    def kept(self, artifact: Artifact) -> list[str]:
+        """Folders that stay on the model's own claim when ``artifact`` comes; none: nothing else can be there."""
+        in_use = self.in_use()
+        edited = int(self.model["metadata"].get("generation", 1)) > 1
+        return [artifact.folder, *in_use] if in_use or (edited and owns_claim(self.spec)) else []
 
     def here(self, artifact: Artifact) -> bool:
         """Whether a Job for the artifact is there already, done or not."""
@@ -363,6 +399,14 @@ class _Stage:
             self.out.findings.append(no(WEIGHTS_READY, found.reason, found.message))
             self.add_progress()
             return None
+        age = (self.now - read_stamp(job["metadata"]["creationTimestamp"])).total_seconds()
+        if newest is None and not job.get("status", {}).get("failed"):
+            if age > NO_POD_SECONDS:
+                name = job["metadata"]["name"]
+                text = f"Job {name} has no pod: `kubectl describe job -n {self.namespace} {name}` says why"
+                self.out.findings.append(no(WEIGHTS_READY, "PodCreationFailed", text))
+                return None
+            self.out.look_again(NO_POD_SECONDS - age + 1)
         earlier = self.why_failed(pods, None) if job.get("status", {}).get("failed") else None
         self.under_way(f"trying again after {earlier[0]}: {earlier[1]}" if earlier else "", earlier)
         return None
@@ -388,7 +432,7 @@ class _Stage:
         pods = [
             pod
             for pod in self.world.of_model(PODS, self.namespace, self.name)
-            if container_status(pod, "weights") is not None and not pod["metadata"].get("deletionTimestamp")
+            if container_status(pod, "weights") is not None and not is_leaving(pod) and not has_ended(pod)
         ]
         waiting = [pod for pod in pods if not (container_status(pod, "weights") or {}).get("ready")]
         for pod in waiting:
@@ -434,12 +478,26 @@ def _at(source: ModelSource, revision: str) -> ModelSource:
     return ModelSource(source.scheme, repo=source.repo, revision=revision, file=source.file)
 
 
+def others_jobs(model: Manifest, world: World, but: set[str]) -> list[Manifest]:
+    """Jobs that are this model's alone, ``but`` for some, and not on their way out."""
+    return [
+        job
+        for job in world.of_model(JOBS, *key_of(model))
+        if [ref.get("uid") for ref in job["metadata"].get("ownerReferences") or []]
+        == [model["metadata"]["uid"]]
+        and job["metadata"]["name"] not in but
+        and not is_leaving(job)
+    ]
+
+
 def fetch_weights(
     model: Manifest, spec: InferenceModelSpec, world: World, now: datetime, out: Outcome
 ) -> WeightsState:
     """The stage: adds findings Planned and WeightsReady, ``status.weights``, and the writes that bring them about."""
     stage = _Stage(model, spec, world, now, out)
     state = stage.run()
+    if state.jobs and state.wanted is not None:
+        stage.stop_others(state.wanted)
     # From the status, so that it is the same before and after a restart.
     state.bytes_total = stage.weights.get("total")
     out.status.setdefault("weights", {k: v for k, v in stage.weights.items() if v is not None})

@@ -17,7 +17,13 @@ from kubeinfer.errors import EngineDeadError, KubeinferError, QueueFullError, Re
 from kubeinfer.options import EngineOptions
 from kubeinfer.outputs import RequestOutput
 from kubeinfer.sampling_params import SamplingParams
-from kubeinfer.text.input_processor import InputProcessor, ProcessedRequest, Prompt, default_sampling_params
+from kubeinfer.text.input_processor import (
+    InputProcessor,
+    ProcessedRequest,
+    Prompt,
+    check_overrides,
+    default_sampling_params,
+)
 from kubeinfer.text.output_processor import OutputProcessor, RequestState
 from kubeinfer.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -125,6 +131,7 @@ class AsyncLLM:
         from kubeinfer.model_config import load_model_config
 
         self.options = options
+        check_overrides(options.override_generation_config)
         self.model_config = load_model_config(options)
         self.max_waiting_requests = max_waiting_requests
         self._waiting_since: float | None = (
@@ -146,6 +153,7 @@ class AsyncLLM:
             vocab_size=self.model_config.vocab_size,
             eos_token_ids=self.model_config.eos_token_ids,
             max_logprobs=options.max_logprobs,
+            by_priority=options.scheduling_policy == "priority",
         )
         self.stats = EngineStats()
         self.on_stats: Callable[[EngineStats], None] | None = None

@@ -23,6 +23,10 @@ class RequestError(KubeinferError, ValueError):
         self.param = param
 
 
+class ContextLengthError(RequestError):
+    """A prompt that leaves no room for a token. Clients look for the words "maximum context length", to shorten it and try again."""
+
+
 class ModelLoadError(KubeinferError):
     """The model's files are missing, damaged, or of an architecture that is not supported."""
 

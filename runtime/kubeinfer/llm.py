@@ -22,7 +22,13 @@ from kubeinfer.options import EngineOptions, read_options, target_device
 from kubeinfer.outputs import RequestOutput
 from kubeinfer.sampling_params import SamplingParams
 from kubeinfer.text.chat_template import ChatTemplate, ContentFormat
-from kubeinfer.text.input_processor import InputProcessor, ProcessedRequest, Prompt, default_sampling_params
+from kubeinfer.text.input_processor import (
+    InputProcessor,
+    ProcessedRequest,
+    Prompt,
+    check_overrides,
+    default_sampling_params,
+)
 from kubeinfer.text.output_processor import OutputProcessor, RequestState
 from kubeinfer.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -41,6 +47,8 @@ class LLM:
 
     def __init__(self, model: str, tokenizer: str | None = None, **options: Any):
         prepare_this_process()
+        if options.pop("enable_lora", False):
+            raise NotSupportedError("LoRA adapters are not supported by this version.", "enable_lora")
         values = {"model": str(model), **options}
         if tokenizer is not None:
             values["tokenizer"] = str(tokenizer)
@@ -51,6 +59,7 @@ class LLM:
 
         from kubeinfer.model_config import load_model_config
 
+        check_overrides(self.options.override_generation_config)
         self.model_config = load_model_config(self.options)
         self._tokenizer: Tokenizer = load_tokenizer(self.options, self.model_config.path)
         check_vocabulary(self._tokenizer, self.model_config.vocab_size)
@@ -62,6 +71,7 @@ class LLM:
             vocab_size=self.model_config.vocab_size,
             eos_token_ids=self.model_config.eos_token_ids,
             max_logprobs=self.options.max_logprobs,
+            by_priority=self.options.scheduling_policy == "priority",
             base_seed=self.options.seed,
         )
         self._output = OutputProcessor(self._tokenizer, streaming=False)
@@ -80,6 +90,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        lora_request: None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; outputs come in the prompts' order.
 
@@ -87,10 +98,13 @@ class LLM:
         ``sampling_params`` is one for all or one a prompt; None takes the model's defaults. Raises
         :class:`RequestError` before anything runs where a request cannot be served.
         """
+        _refuse_lora(lora_request)
         items = _prompt_list(prompts)
         params = self._params_list(sampling_params, len(items))
         if priority is not None and len(priority) != len(items):
             raise RequestError(f"priority has {len(priority)} entries for {len(items)} prompts.", "priority")
+        if any(type(value) is not int for value in priority or ()):
+            raise RequestError(f"priority must be integers, got {list(priority or ())[:8]}.", "priority")
         ids = [str(next(self._ids)) for _ in items]
         return self._run(self._input.process_batch(items, params, ids, priority), use_tqdm)
 
@@ -105,8 +119,12 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora_request: None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or several, by the model's chat template."""
+        _refuse_lora(lora_request)
+        if isinstance(messages, (str, Mapping)):
+            raise RequestError("messages must be a list of messages, or a list of such lists.", "messages")
         template = ChatTemplate.for_tokenizer(self._tokenizer, chat_template, chat_template_content_format)
         single = not messages or isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if single else messages
@@ -132,6 +150,12 @@ class LLM:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             return [sampling_params] * count
+        if isinstance(sampling_params, Mapping) or any(
+            not isinstance(params, SamplingParams) for params in sampling_params
+        ):
+            raise RequestError(
+                "sampling_params must be a SamplingParams, or a list of such.", "sampling_params"
+            )
         if len(sampling_params) != count:
             raise RequestError(
                 f"sampling_params has {len(sampling_params)} entries for {count} prompts; give one, or one a prompt.",
@@ -304,12 +328,19 @@ class _ProgressBar:
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (bytes, bytearray)):
+        raise RequestError("prompt must be a text, token ids or a mapping, not bytes.", "prompt")
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     items = list(prompts)
     if items and all(type(item) is int for item in items):
         return [items]  # type: ignore[list-item]
     return items  # type: ignore[return-value]
+
+
+def _refuse_lora(lora_request: object) -> None:
+    if lora_request is not None:
+        raise NotSupportedError("LoRA adapters are not supported by this version.", "lora_request")
 
 
 def _no_pooling(api: str) -> NotSupportedError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kubeinfer.errors import ModelLoadError, OptionError
+from kubeinfer.errors import KubeinferError, ModelLoadError, OptionError
 from kubeinfer.options import EngineOptions
 from kubeinfer.quantization import QuantizationConfig, gguf_quantization, read_quantization
 
@@ -105,10 +105,25 @@ def load_model_config(options: EngineOptions) -> ModelConfig:
             )
         generation = _read_json(path / "generation_config.json")
     if options.hf_overrides:
-        hf = {**hf, **options.hf_overrides}
+        hf = _overridden(hf, options.hf_overrides)
     generation = _generation_config(options, generation)
-    architecture = _architecture(hf, path)
-    return _normalise(options, path, hf, generation, architecture)
+    try:
+        return _normalise(options, path, hf, generation, _architecture(hf, path))
+    except KubeinferError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as exc:
+        raise ModelLoadError(
+            f"{path}: config.json (with --hf-overrides) has a value that cannot be used: {type(exc).__name__}: {exc}."
+        ) from exc
+
+
+def _overridden(hf: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """``overrides`` over the model's own. What transformers 5 calls ``rope_parameters`` was ``rope_scaling``, which people still give."""
+    own = hf.get("rope_parameters")
+    if own and overrides.get("rope_scaling") and "rope_parameters" not in overrides:
+        kept = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
+        overrides = {**overrides, "rope_parameters": kept | overrides["rope_scaling"]}
+    return {**hf, **overrides}
 
 
 def _generation_config(options: EngineOptions, own: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +145,7 @@ def _architecture(hf: dict[str, Any], path: Path) -> str:
     from kubeinfer.models.registry import SUPPORTED_ARCHITECTURES
 
     names = hf.get("architectures") or []
+    names = [names] if isinstance(names, str) else names
     for name in names:
         if name in SUPPORTED_ARCHITECTURES:
             return str(name)
@@ -145,7 +161,15 @@ def _normalise(
     def need(name: str) -> int:
         if name not in hf:
             raise ModelLoadError(f"{path}: config.json has no {name!r}.")
+        if type(hf[name]) is not int or hf[name] < 1:
+            raise ModelLoadError(
+                f"{path}: config.json's {name!r} must be a positive integer, got {hf[name]!r}."
+            )
         return int(hf[name])
+
+    activation = hf.get("hidden_act") or "silu"
+    if architecture != "OPTForCausalLM" and activation not in ("silu", "swish"):
+        raise ModelLoadError(f"{path}: hidden_act {activation!r} is not supported, only silu.")
 
     num_heads = need("num_attention_heads")
     hidden = need("hidden_size")
@@ -214,6 +238,14 @@ def _dtype(options: EngineOptions, hf: dict[str, Any]) -> str:
     return own if own in ("float16", "bfloat16") else "bfloat16"
 
 
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 def _rope(hf: dict[str, Any]) -> RopeConfig:
     # transformers 5 writes everything into rope_parameters; older checkpoints have rope_theta and rope_scaling.
     parameters = dict(hf.get("rope_parameters") or {})
@@ -224,6 +256,11 @@ def _rope(hf: dict[str, Any]) -> RopeConfig:
             f"rope scaling {kind!r} is not supported; supported: linear, dynamic, llama3, yarn."
         )
     scaling["rope_type"] = kind
+    if kind == "llama3":
+        scaling.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
+    for key in _ROPE_NEEDS.get(kind, ()):
+        if not isinstance(scaling.get(key), (int, float)):
+            raise ModelLoadError(f"rope scaling {kind!r} needs a number {key!r}, got {scaling.get(key)!r}.")
     theta = scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0
     partial = scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     return RopeConfig(float(theta), float(partial), scaling)
@@ -240,5 +277,9 @@ def _windows(hf: dict[str, Any], num_layers: int) -> tuple[int, ...]:
             return tuple(0 if i < full else int(window) for i in range(num_layers))
     kinds = hf.get("layer_types")
     if window and kinds:
+        if len(kinds) != num_layers:
+            raise ModelLoadError(
+                f"config.json's layer_types has {len(kinds)} entries for {num_layers} layers."
+            )
         return tuple(int(window) if kind == "sliding_attention" else 0 for kind in kinds)
     return (int(window),) * num_layers

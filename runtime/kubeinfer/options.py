@@ -244,6 +244,11 @@ class ServerOptions(_Options):
     chat_template_content_format: Literal["auto", "string", "openai"] = Field(
         "auto", description="How message content is given to the template."
     )
+    trust_request_chat_template: bool = Field(
+        False,
+        description="Render chat templates that requests bring (chat_template). One that loops or grows can take the server's time "
+        "and memory: for trusted clients only.",
+    )
     response_role: str = Field("assistant", description="Role of the answer's message.")
     max_waiting_requests: int = Field(
         2048, ge=1, description="Most requests in flight or waiting; further ones get 429 with Retry-After."

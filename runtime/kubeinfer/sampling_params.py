@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import msgspec
@@ -9,7 +10,13 @@ import msgspec
 from kubeinfer.errors import NotSupportedError, RequestError
 
 MAX_STOP_STRINGS = 64
-_SEED_RANGE = (-(2**63), 2**63 - 1)
+_NUMBERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
+_INT64 = (-(2**63), 2**63 - 1)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True):
@@ -54,6 +61,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True
     bad_words_token_ids: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:  # numpy's, which no message carries
+            value = getattr(self, name)
+            if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+                setattr(self, name, float(value))
         self.validate()
 
     @property
@@ -67,10 +78,15 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True
 
     def validate(self) -> None:
         """Raise :class:`RequestError` for the first field that is out of range."""
+        try:
+            self._validate()
+        except (TypeError, AttributeError) as exc:
+            raise RequestError(f"a sampling parameter has a value of a wrong type: {exc}.") from None
 
+    def _validate(self) -> None:
         def need(ok: bool, param: str, what: str) -> None:
             if not ok:
-                raise RequestError(f"{param} must be {what}, got {getattr(self, param)!r}.", param)
+                raise RequestError(f"{param} must be {what}, got {_short(getattr(self, param))}.", param)
 
         def number(param: str) -> None:
             value = getattr(self, param)
@@ -83,15 +99,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True
         def integer(param: str) -> None:
             value = getattr(self, param)
             need(isinstance(value, int) and not isinstance(value, bool), param, "an integer")
+            need(_INT64[0] <= value <= _INT64[1], param, "an integer of 64 bits")
 
-        for field in (
-            "presence_penalty",
-            "frequency_penalty",
-            "repetition_penalty",
-            "temperature",
-            "top_p",
-            "min_p",
-        ):
+        for field in _NUMBERS:
             number(field)
         for field in ("n", "top_k", "min_tokens"):
             integer(field)
@@ -107,7 +117,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True
         need(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
         if self.seed is not None:
             integer("seed")
-            need(_SEED_RANGE[0] <= self.seed <= _SEED_RANGE[1], "seed", "a 64-bit integer")
         if self.max_tokens is not None:
             integer("max_tokens")
             need(self.max_tokens >= 1, "max_tokens", "at least 1")
@@ -131,7 +140,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True
             raise RequestError("stop strings need detokenize=True.", "stop")
         if self.stop_token_ids is not None:
             need(
-                all(isinstance(t, int) for t in self.stop_token_ids), "stop_token_ids", "a list of token ids"
+                all(isinstance(t, int) and _INT64[0] <= t <= _INT64[1] for t in self.stop_token_ids),
+                "stop_token_ids",
+                "a list of token ids",
             )
         if self.bad_words is not None:
             need(

@@ -96,10 +96,24 @@ def test_continuing_the_final_message(server: Running, client: httpx.Client) -> 
     assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": "Once upon"}
 
 
-def test_templates_of_the_request(server: Running, client: httpx.Client) -> None:
+def test_templates_of_the_request_are_for_trusted_clients(
+    server: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template = "{{ greeting }}:{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    chat(client, chat_template=template, chat_template_kwargs={"greeting": "Dear"})
+    given = {"messages": [USER], "chat_template": template, "chat_template_kwargs": {"greeting": "Dear"}}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        refused = client.post(path, json=given)
+        assert refused.status_code == 400
+        assert "--trust-request-chat-template" in refused.json()["error"]["message"]
+    monkeypatch.setattr(server.server.state.options, "trust_request_chat_template", True)
+    chat(client, **given)
     assert prompt_of(server) == "Dear:Hi"
+    assert client.post("/tokenize", json=given).status_code == 200
+    broken = client.post("/v1/chat/completions", json=given | {"chat_template": "{% if %}"})
+    assert (broken.status_code, broken.json()["error"]["param"]) == (400, "chat_template")
+
+
+def test_parts_of_a_message(server: Running, client: httpx.Client) -> None:
     chat(
         client,
         messages=[
@@ -124,7 +138,10 @@ def test_ids(client: httpx.Client) -> None:
     assert found[0]["prompt_token_ids"] == answer["prompt_token_ids"]
 
 
-def test_other_fields_reach_the_engine(server: Running, client: httpx.Client) -> None:
+def test_other_fields_reach_the_engine(
+    server: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.engine.input_processor, "_by_priority", True)
     chat(client, priority=3, cache_salt="mine", seed=5)
     request = server.core.requests[-1]
     assert (request.priority, request.cache_salt, request.seed) == (3, "mine", 5)

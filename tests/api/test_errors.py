@@ -112,11 +112,48 @@ def test_bad_conversations(client: httpx.Client, change: dict[str, Any], param: 
 def test_an_over_long_prompt_names_the_limit(client: httpx.Client) -> None:
     error = error_of(client.post("/v1/completions", json={"prompt": [5] * 600, "max_tokens": 1}), 400)
     assert "600" in error["message"]
-    assert "512" in error["message"]
+    # What clients look for, to shorten the prompt and ask again.
+    assert "maximum context length is 512 tokens" in error["message"]
+    assert error["code"] == "context_length_exceeded"
     assert "max_model_len" in error["message"]
+    long = {"messages": [{"role": "user", "content": "a " * 5000}]}
+    assert error_of(client.post("/v1/chat/completions", json=long), 400)["param"] == "messages"
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"nonsense", b"\xff\xfe", b'{"prompt": NaN}'])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 2**64), ("max_tokens", 1e300), ("min_tokens", 2**70), ("top_k", 2**70), ("seed", 2**70),
+        ("priority", 2**70), ("priority", 5), ("stop_token_ids", [2**70]), ("truncate_prompt_tokens", 2**70),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_no_numbers_of_anything(client: httpx.Client, field: str, value: Any) -> None:
+    assert error_of(client.post("/v1/completions", json={**COMPLETION, field: value}), 400)["param"] == field
+
+
+def test_an_error_does_not_repeat_a_long_value(client: httpx.Client) -> None:
+    answer = client.post("/v1/completions", json={**COMPLETION, "stop": ["x" * 100_000] * 65})
+    assert error_of(answer, 400)["param"] == "stop"
+    assert len(answer.content) < 1000
+
+
+def test_more_prompts_than_may_ever_wait(client: httpx.Client) -> None:
+    error = error_of(client.post("/v1/completions", json={"prompt": ["a"] * 3000, "max_tokens": 1}), 400)
+    assert error["param"] == "prompt"
+    assert "max_waiting_requests" in error["message"]
+
+
+@pytest.mark.parametrize("value", ["x\nERROR forged", "a b", "x" * 200])
+def test_an_id_that_would_forge_a_log(client: httpx.Client, value: str) -> None:
+    assert (
+        error_of(client.post("/v1/completions", json={**COMPLETION, "request_id": value}), 400)["param"]
+        == "request_id"
+    )
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"nonsense", b"\xff\xfe", b'{"prompt": NaN}', b'{"prompt": "\xff"}']
+)
 def test_broken_json(client: httpx.Client, content: bytes) -> None:
     error = error_of(client.post("/v1/completions", content=content), 400)
     assert error["code"] == "invalid_json"

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Server:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *flags: str, own_group: bool = False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -33,11 +33,12 @@ class Server:
         command = [
             sys.executable, "-m", "kubeinfer.cli.main", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port),
             "--device", "cpu", "--dtype", "float32", "--cpu-kvcache-space", "0.05", "--served-model-name", "tiny",
-            "--max-num-batched-tokens", "64",
+            "--max-num-batched-tokens", "64", *flags,
         ]  # fmt: skip
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            start_new_session=own_group,
+        )  # fmt: skip
         deadline = time.monotonic() + 90
         while True:
             with contextlib.suppress(httpx.TransportError):
@@ -101,6 +102,19 @@ def test_logprobs_and_echo(server: Server) -> None:
     assert all(len(top) >= 3 for top in choice["logprobs"]["top_logprobs"][1:])
 
 
+def test_parameters_far_out(server: Server) -> None:
+    greedy = complete(server, prompt="Hello", max_tokens=8, ignore_eos=True)["choices"][0]["text"]
+    cold = complete(server, prompt="Hello", max_tokens=8, ignore_eos=True, temperature=1e-40)["choices"][0][
+        "text"
+    ]
+    assert cold == greedy
+    for top_k in (2**31, 2**40, 2**63 - 1):
+        body = {"prompt": "Hello", "max_tokens": 8, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+        assert (
+            complete(server, **body, top_k=top_k)["choices"] == complete(server, **body, top_k=0)["choices"]
+        )
+
+
 def test_clients_that_leave_free_their_blocks(server: Server) -> None:
     def leave(_: int) -> None:
         with contextlib.suppress(httpx.TimeoutException):
@@ -140,6 +154,28 @@ def test_a_killed_engine_core(server: Server) -> None:
     output, _ = server.process.communicate(timeout=10)
     assert server.process.returncode == 1
     assert "SIGKILL" in output.strip().splitlines()[-1]
+
+
+def test_sigterm_to_all_processes_ends_streams_in_order(folder: Path) -> None:
+    """As systemd, timeout and dumb-init send it."""
+    server = Server(folder, own_group=True)
+    try:
+        body = {"prompt": "Hello", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        with (
+            httpx.Client(timeout=20) as client,
+            client.stream("POST", server.url + "/v1/completions", json=body) as response,
+        ):
+            lines = response.iter_lines()
+            next(lines)
+            os.killpg(server.process.pid, signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+        output, _ = server.process.communicate(timeout=15)
+        assert server.process.returncode == 0, output
+    finally:
+        server.process.kill()
+        server.process.communicate()
 
 
 def test_sigterm_while_the_model_loads(folder: Path) -> None:

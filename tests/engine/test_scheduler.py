@@ -114,6 +114,19 @@ def test_a_pipeline_with_fewer_requests_than_stages_still_plans_ahead() -> None:
     assert engine.run()["a"] == expected([1, 2, 3], 20)
 
 
+def test_long_prompts_do_not_push_each_other_out() -> None:
+    """Each begins only when the whole of it has room beside what runs: chunk by chunk all would begin, and none would end."""
+    prompts = {f"r{i}": [(7 * i + j) % VOCAB for j in range(160)] for i in range(8)}
+    scheduler, device = make(102, 4, 20, 1000, enable_prefix_caching=False)  # two prompts and a half
+    engine = Engine(scheduler, device, 1)
+    for name, prompt in prompts.items():
+        scheduler.add(request(name, prompt, 5))
+    done = engine.run()
+    assert done == {name: expected(prompt, 5) for name, prompt in prompts.items()}
+    assert scheduler.num_preemptions == 0
+    assert sum(sum(plan.num_tokens) for plan in engine.plans) == 8 * (160 + 4)
+
+
 def test_prefix_hits_are_used_and_counted() -> None:
     scheduler, device = make(100, 4, 8, 1000)
     engine = Engine(scheduler, device, 1)

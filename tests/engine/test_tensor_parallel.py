@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -54,6 +55,35 @@ def test_a_killed_rank_ends_the_engine_with_its_reason_last() -> None:
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].endswith("the worker of rank 1 died: exit status -9")
+
+
+def test_after_a_rank_has_died_a_call_ends_at_once_and_nothing_stays(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from engine.test_tensor_parallel import tiny_model
+        from kubeinfer import LLM, SamplingParams
+        from kubeinfer.distributed.multi_process import MultiProcessExecutor
+        from kubeinfer.errors import EngineDeadError
+
+        MultiProcessExecutor._watch = lambda self: None  # which would end this process first
+        llm = LLM(str(tiny_model("llama")), dtype="float32", device="cpu", tensor_parallel_size=2)
+        llm.generate("Hello", SamplingParams(max_tokens=2), use_tqdm=False)
+        llm._client.core.executor._processes[0].kill()
+        for _ in range(2):
+            try:
+                llm.generate("Hello", SamplingParams(max_tokens=2), use_tqdm=False)
+            except EngineDeadError as error:
+                print(error)
+        """
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(Path(__file__).parents[1])],
+        capture_output=True, text=True, timeout=150, check=False, env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert result.stdout.count("the worker of rank 1 died") == 2, result.stderr
+    assert list(tmp_path.glob("kubeinfer-ranks-*")) == []
 
 
 def test_a_size_that_does_not_divide_the_heads_says_so() -> None:

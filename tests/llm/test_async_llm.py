@@ -264,6 +264,7 @@ async def test_hooks_see_stats_and_finished_requests(make: Make) -> None:
 
 async def test_prompt_priority_and_salt_reach_the_engine(make: Make) -> None:
     llm, client = make()
+    llm.input_processor._by_priority = True
     async for _ in llm.generate("Hello", SamplingParams(max_tokens=1), "r", priority=3, cache_salt="s"):
         pass
     request = client.replay.seen[0]

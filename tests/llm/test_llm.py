@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kubeinfer import LLM, SamplingParams
@@ -243,6 +244,43 @@ def test_pooling_is_refused_clearly(make: Make, folder: Path) -> None:
         LLM(str(folder), runner="pooling")
     with pytest.raises(NotSupportedError, match="reward"):
         LLM(str(folder), convert="reward")
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda llm: llm.generate(["a", "b"], priority=[0, None]), "priority must be integers"),
+        (lambda llm: llm.generate("a", priority=[1]), "scheduling_policy"),
+        (lambda llm: llm.generate(b"abc"), "not bytes"),
+        (lambda llm: llm.generate("a", {"max_tokens": 3}), "sampling_params must be"),
+        (lambda llm: llm.generate(["a", "b"], [SamplingParams(), None]), "sampling_params must be"),
+        (lambda llm: llm.chat({"role": "user", "content": "a"}), "messages must be"),
+        (lambda llm: llm.generate("a", lora_request=object()), "LoRA"),
+        (lambda llm: llm.chat([{"role": "user", "content": "a"}], lora_request=object()), "LoRA"),
+        (lambda llm: SamplingParams(stop=5), "wrong type"),
+        (lambda llm: SamplingParams(logit_bias={7: "x"}), "wrong type"),
+        (lambda llm: SamplingParams(stop_token_ids=5), "wrong type"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_named(make: Make, call: Callable[[LLM], object], what: str) -> None:
+    llm, client = make()
+    with pytest.raises(RequestError, match=what):
+        call(llm)
+    assert client.replay.seen == []
+    assert llm.generate("a", use_tqdm=False, lora_request=None)
+
+
+def test_lora_and_numpys_numbers(make: Make, folder: Path) -> None:
+    with pytest.raises(NotSupportedError, match="LoRA"):
+        LLM(str(folder), enable_lora=True)
+    make(enable_lora=False)
+    assert SamplingParams(temperature=np.float32(0.5)).temperature == 0.5
+
+
+@pytest.mark.parametrize("overrides", [{"temprature": 1}, {"temperature": -1}, {"temperature": "hot"}])
+def test_defaults_that_no_request_could_have(make: Make, overrides: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="override_generation_config"):
+        make(override_generation_config=overrides)
 
 
 def test_keywords_are_options(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

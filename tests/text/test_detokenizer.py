@@ -111,7 +111,9 @@ def test_min_tokens_lets_early_stop_strings_pass() -> None:
     assert run(ids, SamplingParams(stop="y"))[:2] == ("xx", 3)
     assert run(ids, SamplingParams(stop="y", min_tokens=4))[:2] == ("xxyxx", 6)
     # One that begins before min_tokens and ends after it counts.
-    assert run(ids, SamplingParams(stop="yxx", min_tokens=5))[:2] == ("xx", 5)
+    assert run(ids, SamplingParams(stop="yxx", min_tokens=4))[:2] == ("xx", 5)
+    # As in vLLM, one that ends with the last of min_tokens does not.
+    assert run(ids, SamplingParams(stop="yxx", min_tokens=5))[:2] == ("xxyxxy", 6)
 
 
 def test_the_token_that_ended_a_sequence_is_not_text_unless_asked_for() -> None:

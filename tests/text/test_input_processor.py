@@ -58,7 +58,7 @@ def test_special_tokens_are_added_unless_told_otherwise() -> None:
     [
         ("", "prompt", "empty"),
         ([], "prompt", "empty"),
-        ("Hello " * 40, "prompt", "max_model_len is 32"),
+        ("Hello " * 40, "prompt", "maximum context length is 32"),
         ([4] * LIMIT, "prompt", "has 32 tokens"),
         ([4, 100_000], "prompt", "token id 100000"),
         ([-1], "prompt", "token id -1"),
@@ -182,7 +182,7 @@ def test_changed_parameters_are_checked_again() -> None:
 def test_a_batch_is_what_its_prompts_are_one_by_one() -> None:
     prompts: list[Any] = ["Hello", [4, 5], "world 你好", {"prompt": "x"}]
     params = [SamplingParams(seed=index) for index in range(4)]
-    batch = processor().process_batch(prompts, params, ["0", "1", "2", "3"], [3, 2, 1, 0])
+    batch = processor(by_priority=True).process_batch(prompts, params, ["0", "1", "2", "3"], [3, 2, 1, 0])
     for index, request in enumerate(batch):
         alone = processor().process(prompts[index], params[index], str(index))
         assert request.prompt_token_ids == alone.prompt_token_ids

@@ -75,7 +75,7 @@ def decode_body(body: bytes, cls: type[T]) -> T:
         return msgspec.json.decode(body, type=cls)
     except msgspec.ValidationError as exc:
         return _decode_leniently(body, cls, exc)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ApiError(400, f"The request's body is not valid JSON: {exc}.", code="invalid_json") from None
 
 

@@ -18,7 +18,7 @@ from kubeinfer.api.responses import BytesResponse, EncodedStream
 from kubeinfer.api.schema import json_body
 from kubeinfer.api.state import state_of
 from kubeinfer.api.streams import ChatStream
-from kubeinfer.errors import RequestError
+from kubeinfer.errors import ContextLengthError, RequestError
 from kubeinfer.text.tokenizer import Tokenizer
 
 router = APIRouter()
@@ -60,9 +60,13 @@ async def create_chat_completion(request: Request) -> Response:
     prompt = await render_chat(state, body)
     base_id = request_id_of(request, body.request_id)
     state.log_request(base_id, params, 1)
-    outputs = await submit(
-        state, [prompt], params, base_id, priority=body.priority, cache_salt=body.cache_salt
-    )
+    try:
+        outputs = await submit(
+            state, [prompt], params, base_id, priority=body.priority, cache_salt=body.cache_salt
+        )
+    except ContextLengthError as error:
+        error.param = "messages"
+        raise
     role = response_role(state, body)
     echo = final_text(body) if body.echo else ""
     created = int(time.time())

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import msgspec
 
-from kubeinfer.errors import EngineDeadError, KubeinferError, NotSupportedError, QueueFullError, RequestError
+from kubeinfer.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    KubeinferError,
+    NotSupportedError,
+    QueueFullError,
+    RequestError,
+)
 
 _TYPES = {
     400: "invalid_request_error",
@@ -60,6 +67,8 @@ def as_api_error(exc: BaseException) -> ApiError:
         return exc
     if isinstance(exc, NotSupportedError):
         return ApiError(400, str(exc), param=exc.param, code="not_supported")
+    if isinstance(exc, ContextLengthError):
+        return ApiError(400, str(exc), param=exc.param, code="context_length_exceeded")
     if isinstance(exc, RequestError):
         return ApiError(400, str(exc), param=exc.param, code="invalid_value" if exc.param else None)
     if isinstance(exc, QueueFullError):

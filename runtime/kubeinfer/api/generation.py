@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from collections import deque
 from collections.abc import Sequence
@@ -13,14 +14,21 @@ from starlette.responses import Response
 
 from kubeinfer.api.responses import ClientGone, Items, next_item, until_disconnect
 from kubeinfer.api.state import ServerState
+from kubeinfer.errors import RequestError
 from kubeinfer.outputs import CompletionOutput, RequestOutput
 from kubeinfer.sampling_params import SamplingParams
 
 Outputs = Items[RequestOutput]
+# An id is written into logs and headers.
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def request_id_of(request: Request, given: str | None) -> str:
     """The id in the request's body, its ``x-request-id`` header, or a new one."""
+    if given and not _REQUEST_ID.fullmatch(given):
+        raise RequestError(
+            "request_id must be 1 to 128 printable ASCII characters without spaces.", "request_id"
+        )
     return given or request.scope.get("kubeinfer.request_id") or uuid.uuid4().hex
 
 
@@ -109,6 +117,12 @@ async def submit(
 ) -> Outputs:
     """Start the prompts. An error of any of them is raised before the others' outputs are read, and ends all."""
     streams: list[Outputs] = []
+    most = state.options.max_waiting_requests
+    if len(prompts) > most:
+        raise RequestError(
+            f"prompt has {len(prompts)} entries, and max_waiting_requests lets {most} be in flight; send them in several requests.",
+            "prompt",
+        )
     try:
         for prompt in prompts:
             stream: Outputs = await state.engine.submit(

@@ -37,6 +37,7 @@ def _defaults(state: ServerState) -> dict[str, Any]:
 
 
 @router.get("/v1/models")
+@router.get("/v1/models/", include_in_schema=False)
 async def list_models(request: Request) -> Response:
     """The names this server answers to."""
     state = state_of(request)

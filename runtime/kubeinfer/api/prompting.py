@@ -20,8 +20,14 @@ async def render_chat(state: ServerState, body: ChatCompletionRequest | Tokenize
     for index, message in enumerate(messages):
         if message.get("tool_calls") or message.get("function_call"):
             raise NotSupportedError("Tool calls are not supported yet.", f"messages[{index}].tool_calls")
+    own = body.chat_template is not None
+    if own and not state.options.trust_request_chat_template:
+        raise RequestError(
+            "chat_template comes with the request, and this server renders such only with --trust-request-chat-template.",
+            "chat_template",
+        )
     size = sum(len(m["content"]) for m in messages if isinstance(m.get("content"), str))
-    if size > _LONG_TEXT:
+    if own or size > _LONG_TEXT:
         text = await asyncio.to_thread(_render, state, body, messages)
     else:
         text = _render(state, body, messages)

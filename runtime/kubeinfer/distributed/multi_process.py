@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,8 @@ class MultiProcessExecutor(Executor):
         # One step for each stage, and one more planned ahead where steps overlap.
         self.depth = self.num_stages + ((options.device == "cuda") if overlap is None else overlap)
         self._folder = tempfile.mkdtemp(prefix="kubeinfer-ranks-")
+        # Also at the end of a script that shuts nothing down.
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._context = zmq.Context()
         self._encoder = msgspec.msgpack.Encoder()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -179,6 +182,8 @@ class MultiProcessExecutor(Executor):
     def submit(self, plan: StepPlan) -> None:
         frame = self._encoder.encode(plan)
         for socket in self._sockets:
+            while not socket.poll(_RESULT_POLL_MS, zmq.POLLOUT):  # a rank that is gone never takes it
+                self._raise_dead_rank(None)
             socket.send(frame)
         try:
             self._pending.append(self._worker.execute(plan))
@@ -244,7 +249,7 @@ class MultiProcessExecutor(Executor):
             self._worker.group.close()
             self._worker = None
         self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
 
 
 _on_rank_death: list[Any] = []

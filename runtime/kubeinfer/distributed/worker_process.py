@@ -24,7 +24,8 @@ _POLL_MS = 1000
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in `kubeinfer.engine.core_process`
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = json.loads(sys.stdin.readline())
     try:
         _run(config)

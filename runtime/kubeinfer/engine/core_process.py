@@ -132,6 +132,8 @@ def _last_words(channel: Channel, reason: str) -> None:
 def main() -> int:
     # Ctrl-C reaches the whole terminal group; the parent decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # So may SIGTERM (systemd, timeout, dumb-init): streams are to end first. Whoever stops this process kills it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     line = sys.stdin.readline()
     if not line:
         return 0  # the parent was stopped before it could say what to run

@@ -214,6 +214,8 @@ class Scheduler:
         config, kv_cache = self.config, self.kv_cache
         # Blocks kept free so that a request just admitted does not push a running one out in the next step.
         reserve = min(len(self.running), kv_cache.num_usable // 100)
+        # And those that prompts already begun have yet to take.
+        owed = sum(kv_cache.blocks_for(len(r.token_ids)) - len(r.block_ids) for r, _ in chunks)
         while self.waiting and budget > 0 and self._free_rows:
             request = self.waiting.peek()
             if request.num_in_flight:
@@ -229,9 +231,11 @@ class Scheduler:
                 ):
                     break  # waits for a step of its own
                 num_new = limit
-            needed = kv_cache.blocks_for(cached + num_new) - len(prefix)
+            # The whole prompt must find room beside what runs: chunk by chunk, prompts would push each other out.
+            end = num_known + 1 if self.running else cached + num_new
+            needed = kv_cache.blocks_for(end) - len(prefix) + (reserve + owed if self.running else 0)
             # A hit that lies in the free list leaves it when taken, so it counts as needed too.
-            if needed + kv_cache.count_free(prefix) + (reserve if self.running else 0) > kv_cache.num_free:
+            if needed + kv_cache.count_free(prefix) > kv_cache.num_free:
                 break
             if (decodes or chunks) and kv_cache.exceeds_copies(prefix):
                 kv_cache.prefetch(
@@ -252,6 +256,7 @@ class Scheduler:
             self.running.append(request)
             request.num_computed = cached + num_new
             kv_cache.register_full_blocks(request, request.num_computed)
+            owed += kv_cache.blocks_for(num_known) - len(request.block_ids)
             budget -= num_new
             if num_new == 1 and request.num_computed == num_known:
                 decodes.append(request)

@@ -95,7 +95,7 @@ class Detokenizer:
         parts: list[str] = []
         for index, token_id in enumerate(ids):
             self._seen += 1
-            parts.append(stops.push(self._stream.push((token_id,)), self._seen >= self._min_tokens))
+            parts.append(stops.push(self._stream.push((token_id,)), self._seen > self._min_tokens))
             if stops.matched is not None:
                 self.stop_string = stops.matched
                 return "".join(parts), index + 1
@@ -113,7 +113,7 @@ class Detokenizer:
         if self._stops is None:
             return text + tail, count
         if tail:
-            text += self._stops.push(tail, self._seen >= self._min_tokens)
+            text += self._stops.push(tail, self._seen > self._min_tokens)
             if self._stops.matched is not None:
                 self.stop_string = self._stops.matched
                 return text, count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import secrets
 import time
 from array import array
@@ -13,15 +15,18 @@ import msgspec
 import numpy
 
 from kubeinfer.engine.messages import EngineRequest
-from kubeinfer.errors import RequestError
+from kubeinfer.errors import ContextLengthError, OptionError, RequestError
 from kubeinfer.sampling_params import SamplingParams
 from kubeinfer.text.tokenizer import LONG_TEXT, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "add_special_tokens", "cache_salt")
 _FEW_IDS = 1024
 _SEED_MASK = 2**63 - 1
+_LEAST_PRIORITY = -(2**63)
 # generation_config.json's names of the sampling parameters that it gives defaults for.
 _GENERATION_DEFAULTS = {
     "temperature": "temperature",
@@ -48,11 +53,35 @@ class ProcessedRequest:
 
 def default_sampling_params(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling parameters that a model's generation_config sets, by ``SamplingParams``' names."""
-    return {
-        name: generation_config[key]
-        for key, name in _GENERATION_DEFAULTS.items()
-        if generation_config.get(key) is not None
-    }
+    found = {}
+    for key, name in _GENERATION_DEFAULTS.items():
+        if (value := generation_config.get(key)) is None:
+            continue
+        try:
+            SamplingParams(**{name: value})
+        except RequestError as exc:  # no request is at fault for it
+            logger.warning("generation_config: %s is left out: %s", key, exc)
+        else:
+            found[name] = value
+    return found
+
+
+def check_overrides(overrides: Mapping[str, Any] | None) -> None:
+    """Raises :class:`OptionError` for what ``override_generation_config`` sets without effect, or to a value that no request may have."""
+    known = [*_GENERATION_DEFAULTS, "eos_token_id"]
+    for key in overrides or {}:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"what has one: {', '.join(known)}."
+            raise OptionError(
+                f"override_generation_config: {key!r} has no effect; {hint}", "override_generation_config"
+            )
+    try:
+        for key, name in _GENERATION_DEFAULTS.items():
+            if (overrides or {}).get(key) is not None:
+                SamplingParams(**{name: (overrides or {})[key]})
+    except RequestError as exc:
+        raise OptionError(f"override_generation_config: {exc}", "override_generation_config") from None
 
 
 def spread_seed(seed: int, index: int) -> int:
@@ -79,8 +108,10 @@ class InputProcessor:
         vocab_size: int,
         eos_token_ids: Sequence[int] = (),
         max_logprobs: int = 20,
+        by_priority: bool = False,
         base_seed: int | None = None,
     ):
+        self._by_priority = by_priority
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
@@ -166,9 +197,9 @@ class InputProcessor:
         if isinstance(text, str) and len(text) > LONG_TEXT:
             least = self.tokenizer.least_tokens(text)
             if least >= self.max_model_len:
-                raise RequestError(
-                    f"the prompt has {len(text)} characters, so {least} tokens at the least, and max_model_len is "
-                    f"{self.max_model_len} tokens, prompt and output together; raise max_model_len, or shorten the prompt.",
+                raise ContextLengthError(
+                    f"This model's maximum context length is {self.max_model_len} tokens, prompt and output together. However, "
+                    f"the prompt has {len(text)} characters, so {least} tokens at the least; shorten it, or raise max_model_len.",
                     "prompt",
                 )
 
@@ -253,6 +284,10 @@ class InputProcessor:
     ) -> ProcessedRequest:
         """:meth:`process` from the token ids on."""
         self._check_params(params)
+        if priority and not self._by_priority:
+            raise RequestError(f"priority is {priority}, which needs scheduling_policy=priority.", "priority")
+        if not _LEAST_PRIORITY <= priority < -_LEAST_PRIORITY:
+            raise RequestError("priority must be an integer of 64 bits.", "priority")
         if (
             text is not None
             and self.tokenizer.vocab_size > self.vocab_size
@@ -302,9 +337,9 @@ class InputProcessor:
         if not ids:
             raise RequestError("prompt is empty; give at least one token.", "prompt")
         if len(ids) >= limit:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens and max_model_len is {limit} tokens, prompt and output together; "
-                "raise max_model_len, or shorten the prompt.",
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens, prompt and output together. However, the prompt has "
+                f"{len(ids)} tokens; shorten it, or raise max_model_len.",
                 "prompt",
             )
         return ids

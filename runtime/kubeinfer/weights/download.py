@@ -23,7 +23,7 @@ from kubeinfer.weights.errors import (
     WeightsError,
 )
 from kubeinfer.weights.layout import FolderLayout, HubCacheLayout, Layout, Manifest, file_matches
-from kubeinfer.weights.locate import manifest_of, offline_folder
+from kubeinfer.weights.locate import local_path, manifest_of, offline_folder
 from kubeinfer.weights.progress import ProgressCallback, ProgressEvent, ignore_progress
 from kubeinfer.weights.request import FetchRequest, FetchResult, engine_path, make_request
 from kubeinfer.weights.sources import RemoteFile, ResolvedModel, WeightSource, open_source
@@ -129,6 +129,8 @@ class _Fetch:
         if not model.is_hub:
             resolved = self.source.resolve()
             folder = Path(model.path)
+            if model.scheme == "file":
+                local_path(model, weights=self.request.weights)
             if self.request.local_dir is not None:
                 raise InvalidModelId(
                     f"{model} is on this machine already; a local folder is not copied to another"

@@ -31,6 +31,9 @@ class _Special:
     penalty_slot: int = -1
 
 
+MIN_TEMPERATURE = 0.01  # as in vLLM; 0 is greedy
+
+
 class Sampler:
     """Sampling state of every row, and the step that uses it."""
 
@@ -66,8 +69,9 @@ class Sampler:
 
     def _add(self, new: NewRow) -> None:
         params, row = new.params, new.row
-        self.temperature[row] = params.temperature
-        self.top_k[row] = max(0, params.top_k)
+        # Logits are divided by it: of the least fp32 numbers nothing would be left. What is so low is as good as greedy.
+        self.temperature[row] = max(params.temperature, MIN_TEMPERATURE) if params.temperature else 0.0
+        self.top_k[row] = min(max(0, params.top_k), self.vocab_size)
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
         self.seeds[row] = new.seed

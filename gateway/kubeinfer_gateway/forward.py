@@ -8,7 +8,7 @@ import time
 
 from kubeinfer_gateway.errors import GatewayError
 from kubeinfer_gateway.exchange import Exchange
-from kubeinfer_gateway.http1 import HOP_BY_HOP, ResponseHead
+from kubeinfer_gateway.http1 import HOP_BY_HOP, ResponseHead, named_by_connection
 from kubeinfer_gateway.keys import KeyStore
 from kubeinfer_gateway.metrics import Metrics
 from kubeinfer_gateway.options import GatewayOptions
@@ -147,7 +147,10 @@ class Forwarder:
             model.pause(endpoint, min(max(seconds, 1), _PAUSE_MAX))
             raise Retry(refused)
         self._count_failure(model, endpoint, f"status_{head.status}")
-        if exchange.retries < self.options.retries and model.pick(b"", (endpoint,)) is not None:
+        if (
+            exchange.retries < self.options.retries
+            and model.pick(exchange.model_name or "", b"", (endpoint,)) is not None
+        ):
             raise Retry(refused)
 
     def _count_failure(self, model: Model, endpoint: Endpoint, kind: str) -> None:
@@ -167,10 +170,11 @@ class Forwarder:
         replace_key = self.keys.required or self.upstream_key is not None
         secret = (b"authorization", b"api-key", b"x-api-key")
         forwarded = b""
+        not_forwarded = _NOT_FORWARDED | named_by_connection(scope["headers"])
         for name, value in scope["headers"]:
             if name == b"x-forwarded-for":
                 forwarded = value + b", "
-            if name in _NOT_FORWARDED or (replace_key and name in secret):
+            if name in not_forwarded or (replace_key and name in secret):
                 continue
             parts += (name, b": ", value, b"\r\n")
         if self.upstream_key is not None:
@@ -198,7 +202,8 @@ class Forwarder:
             await self._wrap_as_event(exchange, connection)
             return
         close = False
-        headers = [(name, value) for name, value in head.headers if name not in _NOT_RETURNED]
+        not_returned = _NOT_RETURNED | named_by_connection(head.headers)
+        headers = [(name, value) for name, value in head.headers if name not in not_returned]
         headers.append((b"x-request-id", exchange.request_id.encode()))
         framing = "same"
         if head.length is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_HEAD = 64 * 1024
@@ -20,6 +21,12 @@ HOP_BY_HOP = frozenset(
         b"upgrade",
     )
 )
+
+
+def named_by_connection(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
+    """Headers that Connection names: they are for the next hop only, too (RFC 9110, 7.6.1)."""
+    words = (word for name, value in headers if name == b"connection" for word in value.split(b","))
+    return frozenset(word.strip().lower() for word in words)
 
 
 class ProtocolError(Exception):

@@ -22,6 +22,10 @@ from kubeinfer_gateway.request_bodies import RequestBodies
 logger = logging.getLogger(__name__)
 
 
+class ModelGoneError(Exception):
+    """The model that a request waits for was deleted."""
+
+
 class Proxy:
     """The raw ASGI application of every route that a runtime answers."""
 
@@ -147,24 +151,34 @@ class Proxy:
         routing_key = b""
         if self.options.routing == "prefix":
             routing_key = session(exchange.scope["headers"]) or body.prefix(self.options.prefix_bytes)
-        await self._try_endpoints(exchange, model, routing_key)
+        while True:
+            try:
+                await self._try_endpoints(exchange, model, routing_key)
+                return
+            except ModelGoneError:
+                # Deleted; perhaps made again under its name since.
+                again = self.registry.find(name)
+                if again is None:
+                    raise model_not_found(name, self.visible_names(key)) from None
+                model = exchange.model = again
 
     def visible_names(self, key: ApiKey | None) -> list[str]:
         names = self.registry.names()
         return names if key is None else [name for name in names if key.allows(name)]
 
     async def _try_endpoints(self, exchange: Exchange, model: Model, routing_key: bytes) -> None:
+        name = exchange.model_name or ""
         tried: set[Endpoint] = set()
         fresh = False
         endpoint: Endpoint | None = None
         while True:
             if endpoint is None:
-                endpoint = model.pick(routing_key, tried)
+                endpoint = model.pick(name, routing_key, tried)
             if endpoint is None and tried:
                 # Every endpoint failed: each gets another chance, after a pause in which discovery may bring news.
                 tried.clear()
                 await model.changed(min(0.25 * 2 ** min(exchange.retries - 1, 3), 1.0))
-                endpoint = model.pick(routing_key)
+                endpoint = model.pick(name, routing_key)
             if endpoint is None:
                 endpoint = await self._wait_for_endpoint(exchange, model, routing_key)
             try:
@@ -188,7 +202,7 @@ class Proxy:
                 endpoint = None
 
     async def _wait_for_endpoint(self, exchange: Exchange, model: Model, routing_key: bytes) -> Endpoint:
-        """Holds the request until the model has an endpoint. Raises GatewayError 429 (queue full), 503 (too late)."""
+        """Holds the request until the model has an endpoint. Raises GatewayError 429 (queue full), 503 (too late), ModelGoneError."""
         options = self.options
         loop = asyncio.get_running_loop()
         begin = loop.time()
@@ -222,12 +236,12 @@ class Proxy:
                         retry_after=10,
                     )
                 if model.gone:
-                    raise model_not_found(exchange.model_name or "", self.visible_names(exchange.key))
+                    raise ModelGoneError
                 if keepalive and now >= next_comment:
                     self._comment(exchange)
                     next_comment = now + keepalive
                 await model.changed(min(next_comment, deadline) - now)
-                endpoint = model.pick(routing_key)
+                endpoint = model.pick(exchange.model_name or "", routing_key)
                 if endpoint is not None:
                     return endpoint
         finally:

@@ -27,6 +27,7 @@ class EndpointSpec:
     host: str
     port: int
     tls: bool = False
+    names: tuple[str, ...] = ()  # that it answers to; none: not known, and taken to be all
 
     @property
     def address(self) -> str:
@@ -37,7 +38,8 @@ class EndpointSpec:
 class ModelSpec:
     """One model as discovery sees it. `key` is "namespace/name"; `created` is in seconds since 1970.
 
-    `note` says how the model is doing, for the errors of those who wait for it.
+    `note` says how the model is doing, for the errors of those who wait for it. A name that only endpoints have, which
+    the model no longer asks for, is its own until they are gone, unless another model asks for it.
     """
 
     key: str
@@ -46,6 +48,10 @@ class ModelSpec:
     endpoints: tuple[EndpointSpec, ...] = ()
     suspended: bool = False
     note: str = ""
+
+    @property
+    def all_names(self) -> frozenset[str]:
+        return frozenset(self.served_names).union(*(endpoint.names for endpoint in self.endpoints))
 
 
 @dataclass(frozen=True)
@@ -134,16 +140,24 @@ class Model:
         if self.endpoints or spec.suspended:
             self.wake()
 
+    def claim_on(self, name: str) -> tuple[object, ...]:
+        """The least has the name: who asks for it before who only still has it, the oldest, and of one second as the operator has it."""
+        return name not in self.spec.served_names, self.spec.created, self.key.split("/")
+
     def wake(self) -> None:
         """Lets every waiting request look again."""
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
 
-    def pick(self, key: bytes, exclude: Collection[Endpoint] = ()) -> Endpoint | None:
-        """An endpoint for a request whose routing key is `key` (may be empty), or None where none takes requests."""
+    def pick(self, name: str, key: bytes, exclude: Collection[Endpoint] = ()) -> Endpoint | None:
+        """An endpoint for a request for `name` whose routing key is `key` (may be empty), or None where none takes requests."""
         now = time.monotonic()
-        serving = [e for e in self.endpoints.values() if e.draining_until <= now and e not in exclude]
+        serving = [
+            e
+            for e in self.endpoints.values()
+            if e.draining_until <= now and e not in exclude and (not e.spec.names or name in e.spec.names)
+        ]
         usable = [e for e in serving if e.ejected_until <= now] or serving
         if len(usable) < 2:
             return usable[0] if usable else None
@@ -226,17 +240,14 @@ class Registry:
     def put(self, spec: ModelSpec) -> None:
         """Adds or replaces a model."""
         model = self.models.get(spec.key)
+        old_names: frozenset[str] = frozenset()
         if model is None:
             model = self.models[spec.key] = Model(spec, self.policy)
-            old_names: set[str] = set()
-            created = spec.created
         else:
-            old_names = set(model.spec.served_names)
-            created = model.spec.created
+            old_names = model.spec.all_names
         model.update(spec)
-        names = set(spec.served_names)
-        changed = names ^ old_names if created == spec.created else names | old_names
-        for name in changed:
+        names = spec.all_names
+        for name in names | old_names:
             claims = self._claims.setdefault(name, {})
             if name in names:
                 claims[spec.key] = model
@@ -248,7 +259,7 @@ class Registry:
         model = self.models.pop(key, None)
         if model is None:
             return
-        for name in set(model.spec.served_names):
+        for name in model.spec.all_names:
             self._claims.get(name, {}).pop(key, None)
             self._settle(name)
         model.update(ModelSpec(key, model.spec.served_names, model.spec.created))
@@ -256,15 +267,13 @@ class Registry:
         model.wake()
 
     def _settle(self, name: str) -> None:
-        """A name that several objects claim belongs to the oldest of them; of one second, as the operator has it."""
+        """A name that several objects claim belongs to one of them."""
         claims = self._claims.get(name)
         if not claims:
             self._claims.pop(name, None)
             self._winners.pop(name, None)
             return
-        self._winners[name] = min(
-            claims.values(), key=lambda model: (model.spec.created, model.key.split("/"))
-        )
+        self._winners[name] = min(claims.values(), key=lambda model: model.claim_on(name))
 
     def find(self, name: str) -> Model | None:
         return self._winners.get(name)

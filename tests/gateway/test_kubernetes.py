@@ -61,6 +61,23 @@ async def test_follows_models_and_pods(kube: FakeKubernetes, registry: Registry)
     await eventually(lambda: registry.names() == [])
 
 
+async def test_names_of_pods_come_from_their_command_line(kube: FakeKubernetes, registry: Registry) -> None:
+    await kube.put("inferencemodels", kube.model("a", servedNames=["new"]))
+    for name, port, served in (("a-1", 9001, ["old", "both"]), ("a-2", 9002, ["new", "both"])):
+        pod = kube.pod(name, "a", port)
+        arguments = ["/models/x", "--served-model-name", *served, "--shutdown-timeout", "120"]
+        pod["spec"]["containers"][0]["args"] = arguments
+        await kube.put("pods", pod)
+    await eventually(lambda: registry.names() == ["both", "new", "old"])
+
+    def port(name: str) -> int | None:
+        endpoint = registry.models["default/a"].pick(name, b"")
+        return endpoint.spec.port if endpoint is not None else None
+
+    assert (port("old"), port("new")) == (9001, 9002)
+    assert port("both") in (9001, 9002)
+
+
 async def test_a_name_belongs_to_the_oldest(kube: FakeKubernetes, registry: Registry) -> None:
     young = kube.model("young", servedNames=["name"])
     young["metadata"]["creationTimestamp"] = "2026-03-01T00:00:00Z"

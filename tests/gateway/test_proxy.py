@@ -31,6 +31,17 @@ def request_bytes(version: str = "1.1", extra: str = "connection: close\r\n", **
     return head.encode() + text
 
 
+async def test_what_connection_names_is_not_passed_on(bench: Any) -> None:
+    runtime = await bench.runtime()
+    await bench.start()
+    bench.serve("m", runtime)
+    extra = "Connection: close, X-Hop\r\nX-Hop: 1\r\nX-End: 2\r\n"
+    assert (await raw_request(bench, request_bytes(extra=extra))).startswith(b"HTTP/1.1 200")
+    got = {name.lower() for name in runtime.requests[-1]["headers"]}
+    assert "x-end" in got
+    assert "x-hop" not in got
+
+
 async def test_streams_bytes_through(bench: Any) -> None:
     runtime = await bench.runtime(tokens=20)
     await bench.start()

@@ -34,6 +34,17 @@ async def test_requests_wait_for_a_replica(bench: Any) -> None:
     assert bench.gateway.registry.waiting() == 0
 
 
+async def test_a_model_that_is_made_again_serves_those_who_waited_for_it(bench: Any) -> None:
+    runtime = await bench.runtime(tokens=3)
+    await bench.start()
+    bench.serve("m")
+    requests = [asyncio.create_task(status_of(bench)) for _ in range(3)]
+    await eventually(lambda: bench.gateway.registry.waiting() == 3)
+    bench.gateway.registry.remove("default/m")
+    bench.serve("m", runtime)
+    assert {status for status, _, _ in await asyncio.gather(*requests)} == {200}
+
+
 async def test_the_queue_is_bounded(bench: Any) -> None:
     runtime = await bench.runtime()
     await bench.start(queue_size=5)

@@ -112,7 +112,7 @@ def test_the_last_endpoint_is_never_ejected(count: int, failures: list[int]) -> 
         here.failed(endpoints[index % count])
         now = time.monotonic()
         assert any(endpoint.ejected_until <= now for endpoint in endpoints)
-        picked = here.pick(b"key")
+        picked = here.pick("m", b"key")
         assert picked is not None
         assert picked.ejected_until <= now
 
@@ -125,7 +125,7 @@ def test_ejection_backs_off_and_success_forgives() -> None:
         while not here.failed(bad):
             pass
         pauses.append(round(bad.ejected_until - time.monotonic()))
-        assert here.pick(b"any") is not bad
+        assert here.pick("m", b"any") is not bad
         bad.ejected_until = 0.0
     assert pauses == [10, 20, 25]
     here.succeeded(bad)
@@ -135,12 +135,44 @@ def test_ejection_backs_off_and_success_forgives() -> None:
 
 def test_equal_prefixes_meet_until_the_load_is_uneven() -> None:
     here = model(4, RoutingPolicy(floor=4)).models["default/m"]
-    first = here.pick(b"same")
+    first = here.pick("m", b"same")
     assert first is not None
     for _ in range(4):
-        assert here.pick(b"same") is first
+        assert here.pick("m", b"same") is first
         first.inflight += 1
-    assert here.pick(b"same") is not first
+    assert here.pick("m", b"same") is not first
+
+
+def test_while_a_model_is_renamed_each_name_goes_to_the_pods_that_have_it() -> None:
+    registry = Registry()
+    old = EndpointSpec("old", "10.0.0.1", 8000, names=("foo",))
+    new = EndpointSpec("new", "10.0.0.2", 8000, names=("bar", "baz"))
+
+    def picked(name: str) -> str | None:
+        found = registry.find(name)
+        endpoint = found.pick(name, b"") if found is not None else None
+        return endpoint.id if endpoint is not None else None
+
+    registry.put(ModelSpec("default/m", ("foo",), 1.0, (old,)))
+    registry.put(ModelSpec("default/m", ("bar", "baz"), 1.0, (old,)))
+    assert (picked("foo"), picked("bar")) == ("old", None), "bar is known, and waited for"
+    registry.put(ModelSpec("default/m", ("bar", "baz"), 1.0, (old, new)))
+    assert (picked("foo"), picked("bar"), picked("baz")) == ("old", "new", "new")
+    # Who asks for a name comes before who only still has it.
+    other = EndpointSpec("other", "10.0.0.3", 8000, names=("foo",))
+    registry.put(ModelSpec("default/n", ("foo",), 2.0, (other,)))
+    assert picked("foo") == "other"
+    registry.remove("default/n")
+    assert picked("foo") == "old"
+    registry.put(ModelSpec("default/m", ("bar", "baz"), 1.0, (new,)))
+    assert registry.names() == ["bar", "baz"]
+
+
+def test_models_of_one_second_have_names_in_the_operators_order() -> None:
+    registry = Registry()
+    for key in ("team-a/x", "team/x"):
+        registry.put(ModelSpec(key, ("name",), 1.0))
+    assert registry.find("name") is registry.models["team/x"]
 
 
 def test_an_endpoint_that_comes_back_is_known_again() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -59,6 +60,7 @@ class _Port(msgspec.Struct, rename="camel"):
 
 class _Container(msgspec.Struct):
     ports: list[_Port] | None = None
+    args: list[str] | None = None
 
 
 class _PodSpec(msgspec.Struct):
@@ -118,11 +120,20 @@ def endpoint_spec(pod: _Pod) -> EndpointSpec | None:
     if not any(c.type == "Ready" and c.status == "True" for c in status.conditions or ()):
         return None
     port = RUNTIME_PORT
+    names: tuple[str, ...] = ()
     for container in (pod.spec.containers or ()) if pod.spec else ():
         for declared in container.ports or ():
             if declared.name == "http":
-                port = declared.container_port
-    return EndpointSpec(pod.metadata.uid or pod.metadata.name, status.pod_ip, port)
+                port, names = declared.container_port, _names_served(container.args or [])
+    return EndpointSpec(pod.metadata.uid or pod.metadata.name, status.pod_ip, port, names=names)
+
+
+def _names_served(arguments: list[str]) -> tuple[str, ...]:
+    """The names in a runtime's command line: while a model is renamed, its pods do not all have the same."""
+    if "--served-model-name" not in arguments:
+        return ()
+    words = arguments[arguments.index("--served-model-name") + 1 :]
+    return tuple(itertools.takewhile(lambda word: not word.startswith("--"), words))
 
 
 class KubernetesDiscovery(Discovery):

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from kubeinfer.errors import yaml_problem
 from kubeinfer.weights.download import fetch
 from kubeinfer.weights.errors import NotHere, WeightsError
 from kubeinfer.weights.locate import local_path
@@ -58,7 +59,7 @@ def read_files(
         except OSError as error:
             raise LocalError(f"cannot read {path}: {error.strerror}") from None
         except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise LocalError(f"{path} is not YAML: {error}") from None
+            raise LocalError(f"{path} is not YAML: {yaml_problem(error)}") from None
         ours = [d for d in documents if isinstance(d, dict) and d.get("kind") == KIND]
         if not ours:
             raise LocalError(f"{path}: holds no {KIND} ({API_VERSION})")

@@ -45,3 +45,9 @@ class EngineDeadError(KubeinferError):
 
 class NotSupportedError(RequestError):
     """A field or call that vLLM has and this version does not; refused, never ignored."""
+
+
+def yaml_problem(error: Exception) -> str:
+    """What is wrong with a YAML file, in one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"line {mark.line + 1}: {problem}" if mark and problem else " ".join(str(error).split())

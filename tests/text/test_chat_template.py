@@ -66,6 +66,15 @@ def test_continue_final_message_like_transformers() -> None:
     assert ours == transformers_render(CHATML, chat, continue_final_message=True)
 
 
+@pytest.mark.parametrize("trims", ["", " | trim"])
+def test_continue_final_message_that_ends_in_a_space(trims: str) -> None:
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content']" + trims + " }}</>{% endfor %}"
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, my name "}]
+    ours = ChatTemplate(template).render(chat, add_generation_prompt=False, continue_final_message=True)
+    assert ours == transformers_render(template, chat, continue_final_message=True)
+    assert ours.endswith("name" if trims else "name ")
+
+
 def test_continue_final_message_of_content_parts() -> None:
     chat = [
         {"role": "assistant", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from kubeinfer.errors import OptionError
+from kubeinfer.errors import OptionError, yaml_problem
 from kubeinfer.options import read_options, target_device
 
 T = TypeVar("T", bound=BaseModel)
@@ -238,7 +238,7 @@ def read_config(path: str, cls: type[BaseModel]) -> dict[str, Any]:
     except OSError as exc:
         raise OptionError(f"config: cannot read {path!r}: {exc.strerror}.", "config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise OptionError(f"config: {path!r} is not YAML: {exc}.", "config") from None
+        raise OptionError(f"config: {path!r} is not YAML: {yaml_problem(exc)}.", "config") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -26,7 +26,7 @@ ContentFormat = Literal["auto", "string", "openai"]
 Messages = Sequence[Mapping[str, Any]]
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
-_TAG = "\u2063kubeinfer-continues-here\u2063"
+_TAG = "\u2063kubeinfer-continues-here\u2063 "  # a space at its end shows whether the template trims
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
@@ -259,10 +259,10 @@ def _mark(message: dict[str, Any]) -> None:
 
 
 def _cut(text: str) -> str:
-    at = text.rfind(_TAG)
+    at = text.rfind(_TAG.rstrip())
     if at < 0:
         raise RequestError(
             "continue_final_message: the chat template does not show the final message's content, so it cannot be continued.",
             "continue_final_message",
         )
-    return text[:at]
+    return text[:at] if text.startswith(_TAG, at) else text[:at].rstrip()  # as transformers has it

@@ -15,9 +15,9 @@ MANAGER = "kubeinfer-operator"
 class Settings:
     """What a cluster's administrator decides for all models."""
 
-    runtime_image_cpu: str = "ghcr.io/kubeinfer/runtime-cpu:0.1.0"
-    runtime_image_cuda: str = "ghcr.io/kubeinfer/runtime-cuda:0.1.0"
-    puller_image: str = "ghcr.io/kubeinfer/operator:0.1.0"
+    runtime_image_cpu: str = "docker.io/kubeinfer/kubeinfer-runtime-cpu:0.1.0"
+    runtime_image_cuda: str = "docker.io/kubeinfer/kubeinfer-runtime-cuda:0.1.0"
+    puller_image: str = "docker.io/kubeinfer/kubeinfer-operator:0.1.0"
     image_pull_policy: str = "IfNotPresent"
     watch_namespaces: tuple[str, ...] = ()
     hf_endpoint: str = ""

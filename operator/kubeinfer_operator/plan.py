@@ -151,6 +151,14 @@ def device_memory(spec: InferenceModelSpec, labelled: int | None) -> int | None:
     return labelled
 
 
+def _tensor_parallel_size(spec: InferenceModelSpec) -> int:
+    engine = spec.engine
+    asked = getattr(engine, "tensor_parallel_size", None)
+    if asked is None and getattr(engine, "pipeline_parallel_size", None) is None:
+        return spec.resources.count
+    return int(asked or 1)
+
+
 def plan(spec: InferenceModelSpec, hub: Hub, *, labelled_memory: int | None = None) -> Plan:
     """Whether ``spec`` can run with what the hub has. ``labelled_memory``: bytes of the largest GPU of the nodes."""
     config = hub.config
@@ -174,6 +182,15 @@ def plan(spec: InferenceModelSpec, hub: Hub, *, labelled_memory: int | None = No
             str((names or ["?"])[0]),
             "engine.runner pooling is not supported yet: leave it out.",
         )
+    heads = _positive(_text_config(config), "num_attention_heads", "n_head")
+    ranks = _tensor_parallel_size(spec)
+    if heads is not None and heads % ranks:
+        fitting = ", ".join(str(n) for n in range(1, ranks) if heads % n == 0)
+        text = (
+            f"{heads} attention heads cannot be shared out evenly over {ranks} devices: set resources.count (or "
+            f"engine.tensorParallelSize) to {fitting}, or give the rest to engine.pipelineParallelSize"
+        )
+        return Plan(False, "UnevenHeads", str((names or ["?"])[0]), text)
     stored, used = _dtypes(config, spec)
     weights = hub.weight_bytes
     if "gguf_bits" in config:
@@ -191,12 +208,12 @@ def plan(spec: InferenceModelSpec, hub: Hub, *, labelled_memory: int | None = No
     length = getattr(spec.engine, "max_model_len", None) or own_limit or 2048
     line = f"{name}, {used}, {format_bytes(weights)} of weights, {format_bytes(kv)} of KV cache a token"
     if spec.resources.device == "gpu":
-        return _plan_gpu(spec, line, weights, kv, length, device_memory(spec, labelled_memory))
+        return _plan_gpu(spec, line, weights, kv, length, device_memory(spec, labelled_memory), heads or 1)
     return _plan_cpu(spec, line, weights, kv, length)
 
 
 def _plan_gpu(
-    spec: InferenceModelSpec, line: str, weights: int, kv: int, length: int, memory: int | None
+    spec: InferenceModelSpec, line: str, weights: int, kv: int, length: int, memory: int | None, heads: int
 ) -> Plan:
     count = spec.resources.count
     refused = _host_memory(spec, line)
@@ -229,7 +246,7 @@ def _plan_gpu(
     if left > 0 and left * count // kv >= 256:
         changes.append(f"engine.maxModelLen to {left * count // kv // 16 * 16} or less")
     for more in (2, 4, 8, 16):
-        if more > count and room(more) >= kv * length // more:
+        if more > count and heads % more == 0 and room(more) >= kv * length // more:
             changes.append(f"resources.count to {more}")
             break
     changes.append(

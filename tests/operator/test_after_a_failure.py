@@ -154,6 +154,21 @@ def test_a_download_that_nobody_wants_is_stopped_and_its_files_go() -> None:
     assert pod["initContainers"][0]["command"][4:] == [second["metadata"]["labels"][names.LABEL_ARTIFACT]]
 
 
+def test_suspending_breaks_a_download_off() -> None:
+    cluster = Cluster()
+    cluster.model()
+    cluster.settle()
+    cluster.edit(suspend=True)
+    cluster.settle()
+    assert cluster.jobs() == []
+    assert condition(cluster.current(), "WeightsReady")["reason"] == "Suspended"
+    cluster.edit(suspend=False)
+    cluster.serve()
+    cluster.edit(suspend=True)
+    cluster.settle()
+    assert condition(cluster.current(), "WeightsReady")["status"] == "True", "what is there stays"
+
+
 def test_what_a_failed_change_fetched_does_not_stay() -> None:
     answers = {f"hf://acme/m{i}": dataclasses.replace(HUB, revision=str(i) * 40) for i in range(4)}
     cluster = Cluster(answers=dict(answers))

@@ -37,6 +37,24 @@ def test_unsupported_architecture() -> None:
     assert "LlamaForCausalLM" in found.message
 
 
+def test_heads_that_cannot_be_shared_out() -> None:
+    hub = Hub(COMMIT, {}, CONFIG)  # nine heads
+    found = plan(spec(resources={"count": 4, "memoryPerDevice": "80Gi"}), hub)
+    assert (found.fits, found.reason) == (False, "UnevenHeads")
+    assert "to 1, 3," in found.message
+    pipeline = {"tensorParallelSize": 1, "pipelineParallelSize": 4}
+    assert plan(spec(resources={"count": 4, "memoryPerDevice": "80Gi"}, engine=pipeline), hub).fits
+    assert plan(spec(resources={"count": 3, "memoryPerDevice": "80Gi"}), hub).fits
+    # What is advised can be shared out, too.
+    large = Hub(
+        COMMIT,
+        {"model.safetensors": 60 * GIB},
+        {**CONFIG, "num_attention_heads": 12, "num_key_value_heads": 3},
+    )
+    advice = plan(spec(resources={"count": 1, "memoryPerDevice": "12Gi"}), large).message
+    assert "resources.count to 8" not in advice
+
+
 @pytest.mark.parametrize(
     ("memory", "count", "fits"), [("80Gi", 1, True), ("24Gi", 1, True), ("16Gi", 1, False), ("12Gi", 2, True)]
 )

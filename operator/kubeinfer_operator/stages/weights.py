@@ -254,6 +254,13 @@ class _Stage:
         name = self.job_name(claim, artifact)
         self.state.jobs.add(name)
         job = self.world.get(JOBS, self.namespace, name)
+        if self.spec.suspend and job is not None and not _is_done(job):
+            if not is_leaving(job):
+                self.out.actions.append(Delete(JOBS, self.namespace, name, job["metadata"]["uid"]))
+            self.out.findings.append(
+                unknown(WEIGHTS_READY, "Suspended", "the download is broken off while spec.suspend is true")
+            )
+            return None
         owners = self.owners(artifact)
         if job is None:
             manifest = pull_job(
@@ -472,6 +479,13 @@ class _Stage:
             said = f"fetching {format_bytes(total) if total else 'the weights'} from {self.weights['source']}"
         reason = earlier[0] if earlier else "Downloading"
         self.out.findings.append(no(WEIGHTS_READY, reason, said))
+
+
+def _is_done(job: Manifest) -> bool:
+    return any(
+        c["type"] == "Complete" and c["status"] == "True"
+        for c in job.get("status", {}).get("conditions") or []
+    )
 
 
 def _at(source: ModelSource, revision: str) -> ModelSource:

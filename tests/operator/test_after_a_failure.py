@@ -219,6 +219,13 @@ def test_the_deadline_moves_without_new_pods() -> None:
     assert probe["failureThreshold"] * probe["periodSeconds"] > 3600
 
 
+def test_pods_that_fetch_have_time_for_it() -> None:
+    cluster = Cluster()
+    cluster.model(storage={"ephemeral": {}}, rollout={"progressDeadline": 600})
+    cluster.settle()
+    assert cluster.deployment()["spec"]["progressDeadlineSeconds"] == 600 + 55  # type: ignore[index]
+
+
 def test_a_token_is_for_the_secret_and_the_hub_that_the_spec_names() -> None:
     denied = HubError("Forbidden", "gated", False)
     answers: dict[str, Any] = {"hf://acme/smol": denied, "modelscope://acme/smol": denied}

@@ -28,6 +28,7 @@ CACHE_DIR = "/var/cache/kubeinfer"
 # A container that hangs while it starts is started again after this. Whether a change is given up the Deployment says, whose
 # deadline can be moved without new pods.
 STARTUP_SECONDS = 14400
+SLOW_BYTES_A_SECOND = 5_000_000  # a download that is slower may be given up
 
 
 def template_key(name: str, spec: InferenceModelSpec, artifact: Artifact | None) -> str:
@@ -180,14 +181,17 @@ def deployment(
     revision: str,
     replicas: int,
     owner: dict[str, Any],
+    weight_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """The Deployment that runs ``template``, known by its ``revision``."""
+    """The Deployment that runs ``template``, known by its ``revision``. Pods that fetch ``weight_bytes`` have time for it besides."""
     meta = template["metadata"]
     labelled = {
         **template,
         "metadata": {**meta, "labels": {**meta["labels"], names.LABEL_REVISION: revision}},
     }
     surge = spec.rollout.strategy == "surge"
+    fetched_by_pod = storage_kind(spec) in ("hostPath", "ephemeral")
+    fetching = math.ceil((weight_bytes or 0) / SLOW_BYTES_A_SECOND) if fetched_by_pod else 0
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -204,7 +208,7 @@ def deployment(
                 "type": "RollingUpdate",
                 "rollingUpdate": {"maxSurge": 1 if surge else 0, "maxUnavailable": 0 if surge else 1},
             },
-            "progressDeadlineSeconds": spec.rollout.progress_deadline,
+            "progressDeadlineSeconds": spec.rollout.progress_deadline + fetching,
             "revisionHistoryLimit": 2,
             "template": labelled,
         },

@@ -70,7 +70,14 @@ def run_runtime(
             out.actions.append(
                 Apply(
                     build.deployment(
-                        name, namespace, spec, record["data"]["template"], deployed, replicas, owner
+                        name,
+                        namespace,
+                        spec,
+                        record["data"]["template"],
+                        deployed,
+                        replicas,
+                        owner,
+                        weights.bytes_total,
                     )
                 )
             )
@@ -118,7 +125,9 @@ def run_runtime(
     if failure is not None and good is not None:
         rolled_back, runs = failure.message, str(revisions.revision_of(good))
         template = good["data"]["template"]
-    out.actions.append(Apply(build.deployment(name, namespace, spec, template, runs, replicas, owner)))
+    out.actions.append(
+        Apply(build.deployment(name, namespace, spec, template, runs, replicas, owner, weights.bytes_total))
+    )
     state = observe(model, world, out, replicas, runs, rolled_back=rolled_back)
     if (
         record is not None

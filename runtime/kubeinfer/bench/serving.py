@@ -252,6 +252,13 @@ def print_report(result: dict[str, Any], metrics: Sequence[str], percents: Seque
     print(line("Successful requests", result["completed"]))
     print(line("Failed requests", result["failed"]))
     print(line("Duration (s)", result["duration"]))
+    if result["completed"]:
+        _print_figures(result, metrics, percents)
+    for error in result["errors"]:
+        print(f"error: {error}")
+
+
+def _print_figures(result: dict[str, Any], metrics: Sequence[str], percents: Sequence[float]) -> None:
     print(line("Prompt tokens", result["total_input_tokens"]))
     print(line("Output tokens", result["total_output_tokens"]))
     print(line("Requests/s", result["request_throughput"]))
@@ -266,5 +273,3 @@ def print_report(result: dict[str, Any], metrics: Sequence[str], percents: Seque
         print(line(f"Median {label} (ms)", result[f"median_{name}_ms"]))
         for percent in percents:
             print(line(f"P{percent:g} {label} (ms)", result[f"p{percent:g}_{name}_ms"]))
-    for error in result["errors"]:
-        print(f"error: {error}")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from fake_api import FakeApi
-from operator_running import IM, MODEL, Runtime, bring_up, finish_job, running, status, until
+from operator_running import IM, MODEL, Runtime, finish_job, running, status, until
 from operator_world import HUB, with_defaults
 
 from kubeinfer_operator.hub import Answer, HubError, Question
@@ -68,7 +68,7 @@ async def test_a_write_that_fails_for_long_is_told(
         await until(lambda: status(api, "RuntimeReady") == "False ApplyRefused", 20)
         assert "policy.acme.io" in told(api, "Ready")["message"]
         api.deny.clear()
-        await bring_up(api) if not api.get("deployments", "smol") else None
+        await until(lambda: api.get("deployments", "smol"), 30)
 
 
 async def test_a_model_made_while_the_list_is_on_its_way_is_known(

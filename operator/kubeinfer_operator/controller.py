@@ -162,11 +162,9 @@ class Controller:
         try:
             await self._writer.perform(outcome.actions)
         except Refusal as refusal:
+            if refusal.status >= 500 and self._failures.get(key, 0) < PATIENCE:
+                raise refusal.error from None
             return refusal
-        except KubeError as error:
-            if isinstance(error.refusal, Refusal) and self._failures.get(key, 0) >= PATIENCE:
-                return error.refusal
-            raise
         return None
 
     async def _write_status(self, model: Manifest, outcome: Outcome) -> None:
@@ -175,9 +173,8 @@ class Controller:
         if written is None:
             return
         known = self.world.get(MODELS, *key_of(written))
-        if (
-            known is not None and known["metadata"]["uid"] == written["metadata"]["uid"]
-        ):  # else deleted meanwhile
+        # It may have been deleted since, and made again.
+        if known is not None and known["metadata"]["uid"] == written["metadata"]["uid"]:
             self.world.put_model(slim(written))
         for condition in transitions(before, outcome.status["conditions"]):
             if not worth_telling(condition, find(before, condition["type"])):

@@ -65,7 +65,6 @@ class KubeError(Exception):
         self.status = status
         self.message = message
         self.reason = reason
-        self.refusal: Exception | None = None  # of a write: what a person is told if this does not pass
 
     @property
     def not_found(self) -> bool:

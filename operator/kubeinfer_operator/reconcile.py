@@ -7,7 +7,7 @@ from typing import Any
 
 from kubeinfer_operator import names
 from kubeinfer_operator.api.v1alpha1 import InferenceModelSpec
-from kubeinfer_operator.builders.runtime import served_by
+from kubeinfer_operator.builders.arguments import names_in
 from kubeinfer_operator.builders.weights import owns_claim
 from kubeinfer_operator.conditions import (
     ACCEPTED,
@@ -25,9 +25,10 @@ from kubeinfer_operator.kube import CLAIMS, DEPLOYMENTS, JOBS, REVISIONS, SERVIC
 from kubeinfer_operator.outcome import Delete, Outcome
 from kubeinfer_operator.pods import is_ready
 from kubeinfer_operator.stages.accept import accept, owned_by
+from kubeinfer_operator.stages.jobs import others_jobs
 from kubeinfer_operator.stages.revisions import revision_of, runtime_pods
 from kubeinfer_operator.stages.runtime import RuntimeState, observe, run_runtime
-from kubeinfer_operator.stages.weights import WeightsState, fetch_weights, others_jobs
+from kubeinfer_operator.stages.weights import WeightsState, fetch_weights
 from kubeinfer_operator.store import key_of
 from kubeinfer_operator.world import World
 
@@ -54,7 +55,7 @@ def reconcile(model: Manifest, world: World, now: datetime) -> Outcome:
         runtime = run_runtime(model, spec, world, weights, out)
         _ready(model, world, runtime, out)
         # What was rolled back to, and what has never served, may need what an earlier spec asked for.
-        if runtime.complete and runtime.has_served and weights.ready:
+        if runtime.has_served:
             _collect(model, spec, world, weights, out)
     _finish(model, out, now)
     return out
@@ -77,7 +78,11 @@ def _names_served(model: Manifest, world: World) -> tuple[str, ...]:
     namespace, name = key_of(model)
     revisions = {revision_of(pod) for pod in runtime_pods(world, model) if is_ready(pod)}
     records = [world.get(REVISIONS, namespace, names.revision_name(name, str(found))) for found in revisions]
-    served = [set(served_by(record["data"]["template"])) for record in records if record is not None]
+    served = [
+        set(names_in(record["data"]["template"]["spec"]["containers"][0]["args"]))
+        for record in records
+        if record is not None
+    ]
     return tuple(sorted(set.intersection(*served))) if served else ()
 
 

@@ -28,6 +28,7 @@ class Refusal(Exception):
         said = error.message.strip().splitlines()[0][:400] if error.message.strip() else error.reason
         super().__init__(f"the API server refuses {self.kind.kind} {name}: {said}")
         self.status = error.status
+        self.error = error
 
 
 def stamped(manifest: Manifest) -> Manifest:
@@ -56,19 +57,16 @@ class Writer:
         self._kube, self._world = kube, world
 
     async def perform(self, actions: list[Action]) -> int:
-        """Do ``actions`` in order; returns how many were needed. Raises :class:`Refusal`, or :class:`KubeError` with the Refusal that it
-        will be if it lasts."""
+        """Do ``actions`` in order; returns how many were needed. Raises :class:`KubeError`, or :class:`Refusal`, which of a ``status`` of 500
+        and more may pass by itself."""
         done = 0
         for action in actions:
             try:
                 done += await self._one(action)
             except KubeError as error:
-                if error.status in (400, 403, 422) or (
-                    error.status == 409 and "being deleted" not in error.message
-                ):
+                lasting = error.status in (400, 403, 422) or error.status >= 500
+                if lasting or (error.status == 409 and "being deleted" not in error.message):
                     raise Refusal(action, error) from error
-                if error.status >= 500:
-                    error.refusal = Refusal(action, error)
                 raise
         return done
 

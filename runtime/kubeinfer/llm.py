@@ -47,8 +47,7 @@ class LLM:
 
     def __init__(self, model: str, tokenizer: str | None = None, **options: Any):
         prepare_this_process()
-        if options.pop("enable_lora", False):
-            raise NotSupportedError("LoRA adapters are not supported by this version.", "enable_lora")
+        _refuse_lora(options.pop("enable_lora", False), "enable_lora")
         values = {"model": str(model), **options}
         if tokenizer is not None:
             values["tokenizer"] = str(tokenizer)
@@ -98,7 +97,7 @@ class LLM:
         ``sampling_params`` is one for all or one a prompt; None takes the model's defaults. Raises
         :class:`RequestError` before anything runs where a request cannot be served.
         """
-        _refuse_lora(lora_request)
+        _refuse_lora(lora_request, "lora_request")
         items = _prompt_list(prompts)
         params = self._params_list(sampling_params, len(items))
         if priority is not None and len(priority) != len(items):
@@ -122,7 +121,7 @@ class LLM:
         lora_request: None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or several, by the model's chat template."""
-        _refuse_lora(lora_request)
+        _refuse_lora(lora_request, "lora_request")
         if isinstance(messages, (str, Mapping)):
             raise RequestError("messages must be a list of messages, or a list of such lists.", "messages")
         template = ChatTemplate.for_tokenizer(self._tokenizer, chat_template, chat_template_content_format)
@@ -338,9 +337,9 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return items  # type: ignore[return-value]
 
 
-def _refuse_lora(lora_request: object) -> None:
-    if lora_request is not None:
-        raise NotSupportedError("LoRA adapters are not supported by this version.", "lora_request")
+def _refuse_lora(asked: object, param: str) -> None:
+    if asked is not None and asked is not False:
+        raise NotSupportedError("LoRA adapters are not supported by this version.", param)
 
 
 def _no_pooling(api: str) -> NotSupportedError:

@@ -11,7 +11,7 @@ from kubeinfer.errors import NotSupportedError, RequestError
 
 MAX_STOP_STRINGS = 64
 _NUMBERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
-_INT64 = (-(2**63), 2**63 - 1)
+INT64 = (-(2**63), 2**63 - 1)  # what messages carry
 
 
 def _short(value: Any) -> str:
@@ -99,7 +99,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True
         def integer(param: str) -> None:
             value = getattr(self, param)
             need(isinstance(value, int) and not isinstance(value, bool), param, "an integer")
-            need(_INT64[0] <= value <= _INT64[1], param, "an integer of 64 bits")
+            need(INT64[0] <= value <= INT64[1], param, "an integer of 64 bits")
 
         for field in _NUMBERS:
             number(field)
@@ -140,7 +140,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=True
             raise RequestError("stop strings need detokenize=True.", "stop")
         if self.stop_token_ids is not None:
             need(
-                all(isinstance(t, int) and _INT64[0] <= t <= _INT64[1] for t in self.stop_token_ids),
+                all(isinstance(t, int) and INT64[0] <= t <= INT64[1] for t in self.stop_token_ids),
                 "stop_token_ids",
                 "a list of token ids",
             )

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,19 @@ def complete(server: Server, **body: Any) -> Any:
     response = httpx.post(server.url + "/v1/completions", json={"temperature": 0, **body}, timeout=60)
     assert response.status_code == 200, response.text
     return response.json()
+
+
+def rest_of_stream(server: Server, tokens: int, interrupt: Callable[[], None]) -> list[str]:
+    """What comes of a stream of so many tokens after its first line and ``interrupt``."""
+    body = {"prompt": "Hello", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    with (
+        httpx.Client(timeout=20) as client,
+        client.stream("POST", server.url + "/v1/completions", json=body) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        interrupt()
+        return [line for line in lines if line]
 
 
 def test_an_answer_does_not_depend_on_what_runs_beside_it(server: Server) -> None:
@@ -139,15 +152,7 @@ def test_a_killed_engine_core(server: Server) -> None:
         for child in psutil.Process(server.process.pid).children()
         if "core_process" in " ".join(child.cmdline())
     )
-    body = {"prompt": "Hello", "max_tokens": 450, "ignore_eos": True, "stream": True}
-    with (
-        httpx.Client(timeout=20) as client,
-        client.stream("POST", server.url + "/v1/completions", json=body) as response,
-    ):
-        lines = response.iter_lines()
-        next(lines)
-        core.send_signal(signal.SIGKILL)
-        rest = [line for line in lines if line]
+    rest = rest_of_stream(server, 450, lambda: core.send_signal(signal.SIGKILL))
     assert rest[-1] == "data: [DONE]"
     assert "SIGKILL" in json.loads(rest[-2][6:])["error"]["message"]
     assert httpx.get(server.url + "/health").status_code == 503
@@ -160,15 +165,7 @@ def test_sigterm_to_all_processes_ends_streams_in_order(folder: Path) -> None:
     """As systemd, timeout and dumb-init send it."""
     server = Server(folder, own_group=True)
     try:
-        body = {"prompt": "Hello", "max_tokens": 300, "ignore_eos": True, "stream": True}
-        with (
-            httpx.Client(timeout=20) as client,
-            client.stream("POST", server.url + "/v1/completions", json=body) as response,
-        ):
-            lines = response.iter_lines()
-            next(lines)
-            os.killpg(server.process.pid, signal.SIGTERM)
-            rest = [line for line in lines if line]
+        rest = rest_of_stream(server, 300, lambda: os.killpg(server.process.pid, signal.SIGTERM))
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
         output, _ = server.process.communicate(timeout=15)

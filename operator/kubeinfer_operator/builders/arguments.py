@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -41,6 +42,12 @@ def flags(values: dict[str, Any]) -> list[str]:
 def served_names(name: str, spec: InferenceModelSpec) -> list[str]:
     """Names of the model in the OpenAI API."""
     return list(spec.served_names) or [name]
+
+
+def names_in(arguments: list[str]) -> list[str]:
+    """The names that :func:`serve_arguments` has written into ``arguments``."""
+    words = arguments[arguments.index("--served-model-name") + 1 :]
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), words))
 
 
 def serve_arguments(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -164,13 +163,6 @@ def pod_template(
     if spec.template.annotations:
         metadata["annotations"] = dict(spec.template.annotations)
     return {"metadata": metadata, "spec": pod}
-
-
-def served_by(template: dict[str, Any]) -> list[str]:
-    """The names in the OpenAI API that pods of a template answer to."""
-    arguments = template["spec"]["containers"][0]["args"]
-    names_on = arguments[arguments.index("--served-model-name") + 1 :]
-    return list(itertools.takewhile(lambda word: not word.startswith("--"), names_on))
 
 
 def deployment(

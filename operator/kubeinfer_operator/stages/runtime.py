@@ -22,7 +22,8 @@ from kubeinfer_operator.world import World
 
 @dataclass(frozen=True, slots=True)
 class RuntimeState:
-    """``wanted`` replicas, ``ready`` pods, all of them of the wanted revision (``complete``) or not; whether that one ``has_served``."""
+    """``wanted`` replicas, ``ready`` pods, all of them of the wanted revision (``complete``) or not; whether that one ``has_served``, which is
+    complete and has answered."""
 
     wanted: int
     pods: int

@@ -34,7 +34,8 @@ from kubeinfer_operator.hub import HubError, Question
 from kubeinfer_operator.kube import CLAIMS, DEPLOYMENTS, JOBS, MODELS, PODS, Manifest
 from kubeinfer_operator.outcome import Annotate, Apply, Delete, Follow, Outcome
 from kubeinfer_operator.plan import Hub, plan
-from kubeinfer_operator.pods import container_status, has_ended, is_leaving, last_end, problem, puller_error
+from kubeinfer_operator.pods import container_status, has_ended, is_leaving, problem
+from kubeinfer_operator.stages.jobs import conditions_of, others_jobs, why_failed
 from kubeinfer_operator.stages.revisions import folder_of, has_served, records_of, revision_of
 from kubeinfer_operator.stages.storage import ensure_claim
 from kubeinfer_operator.store import key_of
@@ -92,9 +93,9 @@ class _Stage:
 
     def refused(self, source: ModelSource, error: HubError) -> tuple[ModelSource, str, str]:
         """Why a source has failed: the hub's word, and what is wrong with the token."""
-        token = self.token(source)
-        denied = error.reason in ("Forbidden", "ModelNotFound") and token is not None and token.problem
-        said = f"{error.message}; {token.problem}" if denied and token else error.message
+        token, said = self.token(source), error.message
+        if token is not None and token.problem and error.reason in ("Forbidden", "ModelNotFound"):
+            said += f"; {token.problem}"
         return source, error.reason, said
 
     def pinned(self, source: ModelSource) -> str | None:
@@ -254,7 +255,7 @@ class _Stage:
         name = self.job_name(claim, artifact)
         self.state.jobs.add(name)
         job = self.world.get(JOBS, self.namespace, name)
-        if self.spec.suspend and job is not None and not _is_done(job):
+        if self.spec.suspend and job is not None and "Complete" not in conditions_of(job):
             if not is_leaving(job):
                 self.out.actions.append(Delete(JOBS, self.namespace, name, job["metadata"]["uid"]))
             self.out.findings.append(
@@ -293,9 +294,8 @@ class _Stage:
         """Take away this model's Jobs that the spec no longer asks for, if they still fetch, or if what they fetched need not stay."""
         kept = self.kept(artifact)
         for job in others_jobs(self.model, self.world, self.state.jobs):
-            ended = any(c["status"] == "True" for c in job.get("status", {}).get("conditions") or [])
             folder = job["metadata"]["labels"].get(names.LABEL_ARTIFACT)
-            if not ended or (kept and folder not in kept):
+            if not conditions_of(job) or (kept and folder not in kept):
                 meta = job["metadata"]
                 self.out.actions.append(Delete(JOBS, self.namespace, meta["name"], meta["uid"]))
 
@@ -358,9 +358,7 @@ class _Stage:
 
     def look_at(self, job: Manifest) -> tuple[str, str] | None:
         """What a Job that exists has come to."""
-        conditions = {
-            c["type"]: c for c in job.get("status", {}).get("conditions") or [] if c["status"] == "True"
-        }
+        conditions = conditions_of(job)
         total = self.weights.get("total")
         if "Complete" in conditions:
             self.weights |= {"bytes": total, "progress": "100%"}
@@ -375,7 +373,7 @@ class _Stage:
         pods = self.job_pods(job)
         newest = pods[-1] if pods else None
         if "Failed" in conditions:
-            reason, said = self.why_failed(pods, conditions["Failed"])
+            reason, said = why_failed(pods, conditions["Failed"])
             wait = (
                 RETRY_PERMANENT_SECONDS
                 if reason in ("Forbidden", "ModelNotFound", "RevisionNotFound")
@@ -414,24 +412,9 @@ class _Stage:
                 self.out.findings.append(no(WEIGHTS_READY, "PodCreationFailed", text))
                 return None
             self.out.look_again(NO_POD_SECONDS - age + 1)
-        earlier = self.why_failed(pods, None) if job.get("status", {}).get("failed") else None
+        earlier = why_failed(pods, None) if job.get("status", {}).get("failed") else None
         self.under_way(f"trying again after {earlier[0]}: {earlier[1]}" if earlier else "", earlier)
         return None
-
-    def why_failed(self, pods: list[Manifest], condition: dict[str, Any] | None) -> tuple[str, str]:
-        for pod in reversed(pods):
-            status = container_status(pod, "pull")
-            ended = last_end(status) if status else None
-            if ended is None or ended.get("exitCode") == 0:
-                continue
-            told = puller_error(str(ended.get("message", "")))
-            if told is not None:
-                return told
-            found = problem(pod, "pull")
-            if found is not None:
-                return found.reason, found.message
-        said = str((condition or {}).get("message", "")) or "its pod left no message"
-        return "DownloadFailed", f"the download failed: {said}"
 
     def by_pods(self, artifact: Artifact) -> None:
         """hostPath and ephemeral: each pod's init container fetches."""
@@ -481,27 +464,8 @@ class _Stage:
         self.out.findings.append(no(WEIGHTS_READY, reason, said))
 
 
-def _is_done(job: Manifest) -> bool:
-    return any(
-        c["type"] == "Complete" and c["status"] == "True"
-        for c in job.get("status", {}).get("conditions") or []
-    )
-
-
 def _at(source: ModelSource, revision: str) -> ModelSource:
     return ModelSource(source.scheme, repo=source.repo, revision=revision, file=source.file)
-
-
-def others_jobs(model: Manifest, world: World, but: set[str]) -> list[Manifest]:
-    """Jobs that are this model's alone, ``but`` for some, and not on their way out."""
-    return [
-        job
-        for job in world.of_model(JOBS, *key_of(model))
-        if [ref.get("uid") for ref in job["metadata"].get("ownerReferences") or []]
-        == [model["metadata"]["uid"]]
-        and job["metadata"]["name"] not in but
-        and not is_leaving(job)
-    ]
 
 
 def fetch_weights(

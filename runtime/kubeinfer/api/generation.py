@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import uuid
 from collections import deque
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kubeinfer.api.middleware import REQUEST_ID
 from kubeinfer.api.responses import ClientGone, Items, next_item, until_disconnect
 from kubeinfer.api.state import ServerState
 from kubeinfer.errors import RequestError
@@ -19,13 +19,11 @@ from kubeinfer.outputs import CompletionOutput, RequestOutput
 from kubeinfer.sampling_params import SamplingParams
 
 Outputs = Items[RequestOutput]
-# An id is written into logs and headers.
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def request_id_of(request: Request, given: str | None) -> str:
     """The id in the request's body, its ``x-request-id`` header, or a new one."""
-    if given and not _REQUEST_ID.fullmatch(given):
+    if given and not REQUEST_ID.fullmatch(given.encode()):
         raise RequestError(
             "request_id must be 1 to 128 printable ASCII characters without spaces.", "request_id"
         )

@@ -19,7 +19,7 @@ _logger = logging.getLogger("kubeinfer.api")
 # Probes, scrapers and the page itself carry no key; the page asks its reader for one.
 _OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", "/"})
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/generate"})
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # it is written into logs and headers
 
 
 class Gate:
@@ -97,7 +97,7 @@ class Gate:
 
     def _request_id(self, scope: Scope) -> str:
         for name, value in scope["headers"]:
-            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
                 return str(value.decode("ascii"))
         return uuid.uuid4().hex
 

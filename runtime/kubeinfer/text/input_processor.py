@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ import numpy
 
 from kubeinfer.engine.messages import EngineRequest
 from kubeinfer.errors import ContextLengthError, OptionError, RequestError
-from kubeinfer.sampling_params import SamplingParams
+from kubeinfer.sampling_params import INT64, SamplingParams
 from kubeinfer.text.tokenizer import LONG_TEXT, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ Prompt = str | Mapping[str, Any] | Sequence[int]
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "add_special_tokens", "cache_salt")
 _FEW_IDS = 1024
 _SEED_MASK = 2**63 - 1
-_LEAST_PRIORITY = -(2**63)
 # generation_config.json's names of the sampling parameters that it gives defaults for.
 _GENERATION_DEFAULTS = {
     "temperature": "temperature",
@@ -51,37 +50,44 @@ class ProcessedRequest:
     engine_requests: list[EngineRequest]
 
 
+def _defaults_in(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, RequestError | None]]:
+    """Key and parameter of each default that a generation_config sets, its value, and why no request may have that."""
+    for key, name in _GENERATION_DEFAULTS.items():
+        if (value := config.get(key)) is None:
+            continue
+        wrong = None
+        try:
+            SamplingParams(**{name: value})
+        except RequestError as exc:
+            wrong = exc
+        yield key, name, value, wrong
+
+
 def default_sampling_params(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling parameters that a model's generation_config sets, by ``SamplingParams``' names."""
     found = {}
-    for key, name in _GENERATION_DEFAULTS.items():
-        if (value := generation_config.get(key)) is None:
-            continue
-        try:
-            SamplingParams(**{name: value})
-        except RequestError as exc:  # no request is at fault for it
-            logger.warning("generation_config: %s is left out: %s", key, exc)
-        else:
+    for key, name, value, wrong in _defaults_in(generation_config):
+        if wrong is None:
             found[name] = value
+        else:  # no request is at fault for it
+            logger.warning("generation_config: %s is left out: %s", key, wrong)
     return found
 
 
 def check_overrides(overrides: Mapping[str, Any] | None) -> None:
     """Raises :class:`OptionError` for what ``override_generation_config`` sets without effect, or to a value that no request may have."""
+    overrides = overrides or {}
     known = [*_GENERATION_DEFAULTS, "eos_token_id"]
-    for key in overrides or {}:
+    for key in overrides:
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"what has one: {', '.join(known)}."
             raise OptionError(
                 f"override_generation_config: {key!r} has no effect; {hint}", "override_generation_config"
             )
-    try:
-        for key, name in _GENERATION_DEFAULTS.items():
-            if (overrides or {}).get(key) is not None:
-                SamplingParams(**{name: (overrides or {})[key]})
-    except RequestError as exc:
-        raise OptionError(f"override_generation_config: {exc}", "override_generation_config") from None
+    for _, _, _, wrong in _defaults_in(overrides):
+        if wrong is not None:
+            raise OptionError(f"override_generation_config: {wrong}", "override_generation_config") from wrong
 
 
 def spread_seed(seed: int, index: int) -> int:
@@ -286,7 +292,7 @@ class InputProcessor:
         self._check_params(params)
         if priority and not self._by_priority:
             raise RequestError(f"priority is {priority}, which needs scheduling_policy=priority.", "priority")
-        if not _LEAST_PRIORITY <= priority < -_LEAST_PRIORITY:
+        if not INT64[0] <= priority <= INT64[1]:
             raise RequestError("priority must be an integer of 64 bits.", "priority")
         if (
             text is not None

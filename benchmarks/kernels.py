@@ -420,8 +420,12 @@ def main() -> None:
     inputs = step_inputs(256, 256, 512, DEVICE)
     prepare = partial(prepare_decode, rows, starts, last, tables, block_size, inputs)
     table.row("prepare_decode 256", 2 * 256 * 512 * 4, prepare)
-    sampled = torch.empty_like(last[:256])
-    table.row("store_sampled 256", 256 * 28, partial(store_sampled, rows, last[:256], last, sampled))
+    turn, sampled = (
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        torch.zeros(4, 256, dtype=torch.int64).pin_memory(),
+    )
+    store = partial(store_sampled, rows, last[:256], last, starts, 1023, turn, sampled)
+    table.row("store_sampled 256", 256 * 36, store)
     print("\nhost time of one call (launches queued, nothing waited for)")
     host_costs(block_size)
 

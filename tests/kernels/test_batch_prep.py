@@ -47,16 +47,30 @@ def test_decode(device: str, block_size: int) -> None:
     assert (out.input_ids[len(rows) :] == -99).all()
 
 
-@pytest.mark.parametrize("size", [1, 5, 300])
-def test_store_sampled(device: str, size: int) -> None:
-    rows = torch.randperm(400)[:size].int()
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("size", [1, 5, 300, 1024, 2500])
+def test_store_sampled(device: str, size: int, on_host: bool) -> None:
+    rows = torch.randperm(3000)[:size].int()
     rows[torch.rand(size) < 0.3] = -1
-    sampled = torch.randint(0, 1000, (size,))
-    last = torch.full((400,), -7)
-    got, out = last.to(device, copy=True), torch.full((size + 3,), -5, device=device)
-    store_sampled(rows.to(device), sampled.to(device), got, out[:size])
-    for row, token in zip(rows.tolist(), sampled.tolist(), strict=True):
-        if row >= 0:
-            last[row] = token
+    spare_row = int(rows[0])
+    starts = torch.randint(0, 9000, (size + 3,), dtype=torch.int32)
+    last = torch.full((3000,), -7)
+    got, got_starts = last.to(device, copy=True), starts.to(device, copy=True)
+    turn = torch.full((1,), 2, device=device)
+    out = torch.full((4, size + 3), -5, device="cpu" if on_host else device)
+    if on_host and device == "cuda":
+        out = out.pin_memory()
+    want = out.cpu().clone()
+    for turns in range(3):
+        sampled = torch.randint(0, 1000, (size,))
+        given = (rows.to(device), sampled.to(device), got, got_starts[:size], spare_row, turn, out[:, :size])
+        store_sampled(*given)
+        for i, (row, token) in enumerate(zip(rows.tolist(), sampled.tolist(), strict=True)):
+            if row >= 0:
+                last[row] = token
+            starts[i] += row not in (-1, spare_row)
+        want[(2 + turns) % 4, :size] = sampled
     assert torch.equal(got.cpu(), last)
-    assert out.tolist() == [*sampled.tolist(), -5, -5, -5]
+    assert torch.equal(got_starts.cpu(), starts)
+    assert torch.equal(out.cpu(), want)
+    assert int(turn) == 5

@@ -90,25 +90,45 @@ def prepare_decode_reference(
     out.block_table[:size] = table
 
 
-def store_sampled(row_index: Tensor, sampled: Tensor, last_tokens: Tensor, out: Tensor) -> None:
-    """``last_tokens[row_index] = sampled``, and a copy in the batch's order.
+def store_sampled(
+    row_index: Tensor,
+    sampled: Tensor,
+    last_tokens: Tensor,
+    starts: Tensor,
+    spare_row: int,
+    turn: Tensor,
+    out: Tensor,
+) -> None:
+    """``last_tokens[row_index] = sampled``, and what a next step of the same rows needs; a copy goes to the host.
 
     Args:
         row_index: int32 ``[B]``; negative rows are skipped, no row of a request appears twice.
         sampled: int64 ``[B]``.
-        out: int64 ``[B]``.
+        starts: int32 ``[B]``, counted up, but not of ``spare_row``, which is no request's.
+        turn: int64 ``[1]``, counted up.
+        out: int64 ``[turns, at least B]``, perhaps in page-locked host memory; of each ``turn`` another row is written.
     """
     if row_index.is_cuda:
         from kubeinfer.kernels.triton_batch_prep import store_sampled_triton
 
-        store_sampled_triton(row_index, sampled, last_tokens, out)
+        store_sampled_triton(row_index, sampled, last_tokens, starts, spare_row, turn, out)
         return
-    store_sampled_reference(row_index, sampled, last_tokens, out)
+    store_sampled_reference(row_index, sampled, last_tokens, starts, spare_row, turn, out)
 
 
-def store_sampled_reference(row_index: Tensor, sampled: Tensor, last_tokens: Tensor, out: Tensor) -> None:
+def store_sampled_reference(
+    row_index: Tensor,
+    sampled: Tensor,
+    last_tokens: Tensor,
+    starts: Tensor,
+    spare_row: int,
+    turn: Tensor,
+    out: Tensor,
+) -> None:
     """`store_sampled` in torch."""
     live = row_index >= 0
     rows = row_index[live].long()
     last_tokens[rows] = sampled[live]
-    out.copy_(sampled)
+    starts += (live & (row_index != spare_row)).int()
+    out[int(turn) % out.shape[0], : sampled.shape[0]] = sampled
+    turn += 1

@@ -50,13 +50,33 @@ def _prepare_kernel(
     tl.store(slots_ptr + i, tl.where(live, page * BLOCK_SIZE + start % BLOCK_SIZE, -1))
 
 
-@triton.jit(do_not_specialize=["size"])
-def _store_kernel(row_index_ptr, sampled_ptr, last_tokens_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(row_index_ptr + i, mask=i < size, other=-1).to(tl.int64)
-    sampled = tl.load(sampled_ptr + i, mask=i < size, other=0)
-    tl.store(last_tokens_ptr + row, sampled, mask=row >= 0)
-    tl.store(out_ptr + i, sampled, mask=i < size)
+@triton.jit(do_not_specialize=["spare_row", "size", "turns", "stride_out"])
+def _store_kernel(
+    row_index_ptr,
+    sampled_ptr,
+    last_tokens_ptr,
+    starts_ptr,
+    turn_ptr,
+    out_ptr,
+    spare_row,
+    size,
+    turns,
+    stride_out,
+    BLOCK: tl.constexpr,
+):
+    """One program, as it counts the turns."""
+    turn = tl.load(turn_ptr)
+    out_ptr += (turn % turns) * stride_out
+    for begin in range(0, size, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        row = tl.load(row_index_ptr + i, mask=i < size, other=-1).to(tl.int64)
+        sampled = tl.load(sampled_ptr + i, mask=i < size, other=0)
+        tl.store(last_tokens_ptr + row, sampled, mask=row >= 0)
+        live = (row >= 0) & (row != spare_row)
+        tl.store(starts_ptr + i, tl.load(starts_ptr + i, mask=live, other=0) + 1, mask=live)
+        tl.store(out_ptr + i, sampled, mask=i < size)
+    tl.debug_barrier()  # every thread has read the turn
+    tl.store(turn_ptr, turn + 1)
 
 
 _PREPARE = Kernel(_prepare_kernel)
@@ -84,12 +104,22 @@ def prepare_decode_triton(
     )  # fmt: skip
 
 
-def store_sampled_triton(row_index: Tensor, sampled: Tensor, last_tokens: Tensor, out: Tensor) -> None:
-    """`kubeinfer.kernels.batch_prep.store_sampled` on CUDA tensors."""
-    size = row_index.shape[0]
+def store_sampled_triton(
+    row_index: Tensor,
+    sampled: Tensor,
+    last_tokens: Tensor,
+    starts: Tensor,
+    spare_row: int,
+    turn: Tensor,
+    out: Tensor,
+) -> None:
+    """`kubeinfer.kernels.batch_prep.store_sampled` on CUDA tensors; ``out`` may be in page-locked host memory."""
     _STORE.launch(
-        (triton.cdiv(size, 256), 1, 1),
-        (row_index, sampled, last_tokens, out, size),
-        (256,),
+        (1, 1, 1),
+        (
+            row_index, sampled, last_tokens, starts, turn, out, spare_row, row_index.shape[0], out.shape[0],
+            out.stride(0),
+        ),
+        (1024,),
         4,
-    )
+    )  # fmt: skip

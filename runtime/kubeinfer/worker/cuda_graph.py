@@ -2,7 +2,10 @@
 
 A graph covers a whole decode step for a batch size: inputs from the device's tables, the model, logits, greedy tokens and
 their store. Rows that sample otherwise replay the same graph and sample from its logits. Padding rows are the tables'
-spare row, whose block table points at the dummy block. Some larger batches are captured a second time, with the pass over
+spare row, whose block table points at the dummy block. A step also counts its rows' starts up, so that a next one of the same
+rows needs nothing of the host, and writes its tokens into the host's memory: a copy either way takes as long as several kernels.
+
+Some larger batches are captured a second time, with the pass over
 blocks that rows share (`kubeinfer.kernels.shared_prefix`), which is told at each replay what they share.
 """
 
@@ -27,6 +30,8 @@ from kubeinfer.layers.parallel import Stage
 from kubeinfer.worker.shared_prefix import MIN_BATCH, SharedBlocks
 from kubeinfer.worker.tables import RowTables
 
+# Steps whose tokens are in the host's memory at a time: more than are ever under way.
+_TURNS = 16
 _SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 
 
@@ -114,7 +119,16 @@ class DecodeGraphs:
         hidden = model.config.hidden_size
         self.hidden_in = torch.zeros(0 if self.stage.first else largest, hidden, dtype=dtype, device=device)
         self.hidden_out = torch.zeros(0 if self.stage.last else largest, hidden, dtype=dtype, device=device)
-        self._tokens = torch.zeros(largest, dtype=torch.int64, device=device)
+        # Greedy tokens, in the memory of whoever is next: the host, or other stages' GPUs.
+        self._on_host = self.stage.first and self.stage.last
+        self._turns = _TURNS if self._on_host else 1
+        self._tokens = torch.zeros(
+            self._turns, largest, dtype=torch.int64, device="cpu" if self._on_host else device,
+            pin_memory=self._on_host,
+        )  # fmt: skip
+        self._turn = torch.zeros(1, dtype=torch.int64, device=device)
+        self._replays = 0  # what the turn will be when all that was launched is done
+        self._left: NDArray[np.int32] | None = None  # what the last replay leaves of the host's inputs
         # By size, and whether rows share a prefix.
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
@@ -130,6 +144,7 @@ class DecodeGraphs:
                 self._step(*key)
             with capture.graph() as self._graphs[key]:
                 self._step(*key)
+        self._replays = int(self._turn)
 
     def _keys(self) -> list[tuple[int, bool]]:
         found = [(size, False) for size in self.sizes] + [(size, True) for size in self._shared_sizes]
@@ -173,7 +188,9 @@ class DecodeGraphs:
             logits, zeros, longs, zeros, zeros, longs, longs,
             any_sampled=False, any_top_k=False, any_top_p=False, any_min_p=False,
         )  # fmt: skip
-        store_sampled(rows, tokens, tables.last_tokens, self._tokens[:size])
+        store_sampled(
+            rows, tokens, tables.last_tokens, starts, tables.spare_row, self._turn, self._tokens[:, :size]
+        )
 
     def fits(self, batch: int) -> bool:
         return batch <= self.sizes[-1]
@@ -181,24 +198,35 @@ class DecodeGraphs:
     def replay(
         self, rows: NDArray[np.int32], starts: NDArray[np.int32], shared: SharedBlocks | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run a decode step: (greedy tokens int64 ``[B]``, logits ``[B, V]``), both overwritten by the next replay.
+        """Run a decode step: (greedy tokens int64 ``[B]``, logits ``[B, V]``).
 
-        In a pipeline, ``hidden_in`` must be filled before on all stages but the first, and all but the last leave
-        ``hidden_out`` and nothing else.
+        The logits are overwritten by the next replay, tokens too in a pipeline; without one they are in the host's memory, for
+        as many replays as are ever under way. There ``hidden_in`` must be filled before on all stages but the first, and
+        all but the last leave ``hidden_out`` and nothing else.
         """
         batch = len(rows)
         if not self._shared_sizes:
             shared = None
         sizes = self.sizes if shared is None else self._shared_sizes  # the largest is the same
         size = sizes[bisect.bisect_left(sizes, batch)]
-        fields = 2 if shared is None else 4
-        # Whole rows, though a step reads only their beginning: a part of each would be a copy and a kernel.
-        host = torch.empty(fields, self._host_inputs.shape[1], dtype=torch.int32, pin_memory=True)
-        array = host.numpy()[:, :size]
-        array[0, :batch], array[1, :batch] = rows, starts
-        array[0, batch:], array[1, batch:] = self.tables.spare_row, 0
+        inputs = np.empty((2 if shared is None else 4, size), np.int32)
+        inputs[0, :batch], inputs[1, :batch] = rows, starts
+        inputs[0, batch:], inputs[1, batch:] = self.tables.spare_row, 0
         if shared is not None:
-            shared.fill(array[2], array[3])
-        self._host_inputs[:fields].copy_(host, non_blocking=True)
+            shared.fill(inputs[2], inputs[3])
+        if self._left is None or not np.array_equal(inputs, self._left):
+            self._send(inputs)
         self._graphs[size, shared is not None].replay()
-        return self._tokens[:batch], self._logits[:batch]
+        turn = self._replays % self._turns
+        if self.stage.last:
+            self._replays += 1
+            inputs[1, :batch] += 1
+            self._left = inputs
+        return self._tokens[turn, :batch], self._logits[:batch]
+
+    def _send(self, inputs: NDArray[np.int32]) -> None:
+        # Whole rows, though a step reads only their beginning: a part of each would be a copy and a kernel.
+        fields, size = inputs.shape
+        host = torch.empty(fields, self._host_inputs.shape[1], dtype=torch.int32, pin_memory=True)
+        host.numpy()[:, :size] = inputs
+        self._host_inputs[:fields].copy_(host, non_blocking=True)

@@ -36,18 +36,20 @@ class PendingResult:
         logprobs: dict[int, TokenLogprobs] | None = None,
         prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
         keep: list[int] | None = None,
+        arrives: bool = False,
     ):
+        """``arrives``: ``tokens`` are in the host's memory, where what was launched writes them."""
         self._keep = keep  # which of ``tokens`` are the step's; None: all
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs
         self._event: Any = None
+        self._tokens = tokens
         if tokens.is_cuda:
             self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             self._tokens.copy_(tokens, non_blocking=True)
+        if tokens.is_cuda or arrives:
             self._event = torch.cuda.Event()
             self._event.record()
-        else:
-            self._tokens = tokens
 
     def wait(self) -> StepResult:
         if self._event is not None:
@@ -178,7 +180,7 @@ class ModelRunner:
         if self.sampler.is_plain(rows):
             if self.pipeline is not None:
                 self.pipeline.send_tokens(tokens.clone())
-            return PendingResult(tokens)
+            return PendingResult(tokens, arrives=self.pipeline is None)
         tokens, logprobs = self.sampler.sample(logits, rows, starts + 1, plan)
         self._keep_tokens(rows, tokens)
         return PendingResult(tokens, logprobs)

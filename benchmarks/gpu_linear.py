@@ -1,6 +1,6 @@
 """Tunes the linear layers of a few tokens: each candidate is checked, then timed against cuBLAS.
 
-    PYTHONPATH=runtime python3 benchmarks/gpu_linear.py [--out linear.json] [--tokens 16,32] [--models 7B] [--budget 100]
+    PYTHONPATH=runtime python3 benchmarks/gpu_linear.py [--out linear.json] [--tokens 16,32] [--models 7B] [--products gate_up]
     PYTHONPATH=runtime python3 benchmarks/gpu_linear.py --decode MODEL_FOLDER
 
 The first form prints, for every product of a decoder layer, the time of what the layer would run without our kernel (norm,
@@ -28,15 +28,16 @@ from torch import Tensor
 
 from kubeinfer.kernels import linear as linear_module
 from kubeinfer.kernels.activation import silu_and_mul
+from kubeinfer.kernels.gluon_gated_columns import fits
 from kubeinfer.kernels.linear import MAX_FEW_ROWS
 from kubeinfer.kernels.norm import fused_add_rms_norm
 from kubeinfer.kernels.triton_few_linear import MAX_TOKENS, FewConfig
-from kubeinfer.kernels.triton_linear import Config, linear_triton
+from kubeinfer.kernels.triton_linear import AnyConfig, ColumnsConfig, Config, linear_triton
 from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig
 from kubeinfer.kernels.triton_stream_linear import StreamConfig
 
-AnyConfig = Config | FewConfig | SkinnyConfig | StreamConfig
-TOKENS = (1, 2, 4, 8, 16, 32, 64)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+_MOST_STREAMED = 64  # tokens, by kernels that are compiled for a power of two of them
 _TURNS_BYTES = 384 << 20
 _CALLS = 64  # in a graph that is timed
 
@@ -67,6 +68,7 @@ def products() -> list[Product]:
     for name, hidden, qkv, inner, vocab in (
         ("0.5B", 896, 1152, 4864, 151936),
         ("7B", 3584, 4608, 18944, 152064),
+        ("Llama-8B", 4096, 6144, 14336, 128256),
     ):
         found += [
             Product(f"{name} qkv", qkv, hidden, norm=True, bias=True),
@@ -93,6 +95,10 @@ def products() -> list[Product]:
 def few_tokens_candidates(product: Product, m: int) -> list[AnyConfig]:
     """One program a tile, its inputs split where tiles are few, or a run of tiles a program."""
     found: list[AnyConfig] = []
+    if product.gated:
+        found += [c for c in map(ColumnsConfig, (3, 4, 5)) if fits(product.n, m, c)]
+    if m > _MOST_STREAMED:
+        return found
     for block_n, block_k, warps, stages in (
         (16, 256, 4, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 64, 4, 6), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 8, 3),
     ):  # fmt: skip
@@ -236,8 +242,13 @@ def microseconds(run: Callable[[Tensor], object], weights: list[Tensor]) -> floa
     return statistics.median(times)
 
 
-def tune(out: Path | None, workers: int, tokens: list[int], models: str, budget: float) -> None:
-    chosen = [p for p in products() if not models or p.name.split()[0] in models.split(",")]
+def tune(out: Path | None, workers: int, tokens: list[int], models: str, names: str, budget: float) -> None:
+    chosen = [
+        p
+        for p in products()
+        if (not models or p.name.split()[0] in models.split(","))
+        and (not names or p.name.split()[1] in names.split(","))
+    ]
     tasks = [
         (product, m, configs[i : i + 6])
         for m in tokens
@@ -272,8 +283,14 @@ def tune(out: Path | None, workers: int, tokens: list[int], models: str, budget:
             print(f"{product.name:12} m{m} {base:7.2f} us, no candidate", flush=True)
             continue
         best, config = timed[0]
-        won = best < 0.98 * base
-        table[f"{product.kind}/{product.n}x{product.k}/m{m}"] = asdict(config) if won else {"block_n": 0}
+        key = f"{product.n}x{product.k}/m{m}"
+        if isinstance(config, ColumnsConfig) and best < 0.98 * base:
+            table[f"gated_columns/{key}"] = asdict(config)
+        # GPUs that this does not run on take the best of the others.
+        others = [t for t in timed if not isinstance(t[1], ColumnsConfig)]
+        if others:
+            won = others[0][0] < 0.98 * base
+            table[f"{product.kind}/{key}"] = asdict(others[0][1]) if won else {"block_n": 0}
         rest = " ".join(f"{t:.1f}:{'/'.join(map(str, astuple(c)))}" for t, c in timed[:4])
         print(
             f"{product.name:12} m{m} {base:7.2f} -> {best:7.2f} us {size / best / 1e6:5.2f} TB/s {rest}",
@@ -339,7 +356,8 @@ def main() -> None:
     parser.add_argument("--decode", metavar="MODEL_FOLDER")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--models", default="", help="only these, of: 0.5B, 7B, 7B/2, 32B/2")
+    parser.add_argument("--models", default="", help="only these, of: 0.5B, 7B, Llama-8B, 7B/2, 32B/2")
+    parser.add_argument("--products", default="", help="only these, of: qkv, out, gate_up, down, head")
     parser.add_argument(
         "--budget", type=float, default=3600, help="seconds after which no further product is timed"
     )
@@ -348,7 +366,7 @@ def main() -> None:
         decode(options.decode)
     else:
         tokens = [int(t) for t in options.tokens.split(",")]
-        tune(options.out, options.workers, tokens, options.models, options.budget)
+        tune(options.out, options.workers, tokens, options.models, options.products, options.budget)
 
 
 if __name__ == "__main__":

@@ -7,39 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gated_reference import EPS, TOLERANCE, on_hopper, part_of, want
 from torch import Tensor
 
 from kubeinfer.kernels import batch_invariance, fused_linear
 from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS, GatedForm, gated_linear, many_rows_form
 from kubeinfer.kernels.linear import MAX_FEW_ROWS
 
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 6e-3}
-EPS = 1e-6
 TOKENS = (1, 127, 128, 300, 1024 + 17)
-
-
-def on_hopper(device: str) -> None:
-    if device != "cuda":
-        pytest.skip("about the kernel for GPUs")
-    from kubeinfer.kernels.triton_launch import runs_gluon
-
-    if not runs_gluon():
-        pytest.skip("about Hopper GPUs")
-
-
-def part_of(
-    rows: int, columns: int, scale: float, dtype: torch.dtype, outside: float = float("nan")
-) -> Tensor:
-    """Random numbers in the corner of a larger tensor whose other numbers must not be seen."""
-    whole = torch.full((rows + 3, columns + 24), outside, dtype=dtype)
-    whole[:rows, :columns] = (torch.randn(rows, columns) * scale).to(dtype)
-    return whole
-
-
-def want(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = x.double().cpu() @ weight.double().cpu().T
-    gate, up = (y if bias is None else y + bias.double().cpu()).chunk(2, 1)
-    return F.silu(gate) * up
 
 
 def run(device: str, m: int, n: int, k: int, with_bias: bool, dtype: torch.dtype, form: GatedForm) -> None:

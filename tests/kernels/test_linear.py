@@ -17,7 +17,7 @@ from kubeinfer.kernels.fused_linear import (
     gated_linear,
     norm_linear,
 )
-from kubeinfer.kernels.linear import few_rows, few_rows_config, linear, logits, pack_weight
+from kubeinfer.kernels.linear import MAX_FEW_ROWS, few_rows, few_rows_config, linear, logits, pack_weight
 
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPS = 1e-5
@@ -242,6 +242,14 @@ def test_tuned_tiles_fit_their_kernels() -> None:
             assert {"group"} <= set(entry) <= {"group", "paired"}, key
             assert entry["group"] >= (2 if "paired" in entry else 1), key
             assert entry.get("paired", 1) >= 1, key
+        elif key.startswith("gated_columns/"):
+            assert set(entry) == {"in_flight"}, key
+            shape, tokens = key.split("/")[1], int(key.rsplit("/m", 1)[1])
+            assert 8 < tokens <= MAX_FEW_ROWS, key
+            # Outputs of a program of an H200, rounded up as far as may be; of any shape at most 160.
+            own = min(160, 2 * -(-int(shape.split("x")[0]) // 132)) if "x" in shape else 160
+            shared = 2 * 64 * entry["in_flight"] * (2 * own + 64 * -(-tokens // 64))
+            assert shared <= 226 * 1024, key
         elif "ahead" in entry:
             assert set(entry) == {"num_warps", "ahead"}, key
             assert entry["num_warps"].bit_count() == 1, key

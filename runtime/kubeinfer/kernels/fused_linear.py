@@ -1,7 +1,8 @@
 """Linear layers with what stands before and after them: RMS norm, gated activation, residual addition.
 
 A few tokens on a GPU take one kernel each (`kubeinfer.kernels.triton_linear`), which also spares the rounding between the
-parts, and so do product and gate of many (`kubeinfer.kernels.gluon_gated_matmul`); all else runs the parts one after the other.
+parts, and so do product and gate of some tens (`kubeinfer.kernels.gluon_gated_columns`) and of many
+(`kubeinfer.kernels.gluon_gated_matmul`); all else runs the parts one after the other.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from kubeinfer.kernels.norm import NormBegun, rms_norm
 
 # The fewest tokens from which on our gated product takes any number: of fewer, those whose tiles fill the GPU.
 MIN_MANY_ROWS = 1024
-# From so many tokens on it pays that the product before a norm reads the residual stream, and not the norm.
+# Up to so many tokens, and from so many on, it pays that the product before a norm reads the residual stream, and not the norm.
+_MAX_ADDED_FEW_ROWS = 64
 _MIN_ADDED_ROWS = 512
 
 
@@ -118,7 +120,7 @@ def many_rows_form(x: Tensor, weight: Tensor, inner: int) -> GatedForm | None:
 def adds_to_residual(x: Tensor) -> bool:
     """Whether products that add to the residual stream ``x [T, H]`` cost less than a norm that does."""
     if few_rows(x):
-        return True
+        return x.shape[0] <= _MAX_ADDED_FEW_ROWS
     return (
         x.is_cuda
         and x.shape[0] >= _MIN_ADDED_ROWS

@@ -15,13 +15,10 @@ from kubeinfer.kernels.batch_invariance import batch_invariant
 from kubeinfer.kernels.cpu import library as cpu
 
 if TYPE_CHECKING:
-    from kubeinfer.kernels.triton_few_linear import FewConfig
-    from kubeinfer.kernels.triton_linear import Config
-    from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig
-    from kubeinfer.kernels.triton_stream_linear import StreamConfig
+    from kubeinfer.kernels.triton_linear import AnyConfig
 
-# The most tokens that our GPU kernels take.
-MAX_FEW_ROWS = 64
+# The most tokens that our GPU kernels for few take.
+MAX_FEW_ROWS = 128
 _COMPUTED_AGAIN = 64  # of a token's logits
 
 
@@ -121,9 +118,7 @@ def few_rows(x: Tensor) -> bool:
     )
 
 
-def few_rows_config(
-    x: Tensor, weight: Tensor, n: int, kind: str
-) -> Config | FewConfig | SkinnyConfig | StreamConfig | None:
+def few_rows_config(x: Tensor, weight: Tensor, n: int, kind: str) -> AnyConfig | None:
     """The launch configuration of our GPU kernel for this product; None where cuBLAS serves it.
 
     ``n`` outputs; ``kind`` is ``plain`` or ``gated`` (then ``weight`` has ``2 n`` rows).

@@ -24,7 +24,7 @@ from kubeinfer.kernels import tuned
 from kubeinfer.kernels.fp8 import MAX_WIDE_ROWS
 from kubeinfer.kernels.norm import NormBegun, rms_norm
 from kubeinfer.kernels.triton_few_linear import FewConfig, few_linear_triton
-from kubeinfer.kernels.triton_launch import Kernel, multiplies_thread_by_thread, overlaps_launches
+from kubeinfer.kernels.triton_launch import Kernel, multiplies_thread_by_thread, overlaps_launches, runs_gluon
 from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig, skinny_linear_triton
 from kubeinfer.kernels.triton_stream_linear import StreamConfig, stream_linear_triton, streams
 
@@ -185,6 +185,15 @@ class Config:
     depth: int
 
 
+@dataclass(frozen=True, slots=True)
+class ColumnsConfig:
+    """Steps whose operands are under way at a time, in the gated product of some tens of tokens."""
+
+    in_flight: int
+
+
+AnyConfig = Config | ColumnsConfig | FewConfig | SkinnyConfig | StreamConfig
+
 # The kernels for large layers leave norms to each other, or to a kernel before them.
 _LARGE: dict[type, Callable[..., NormBegun | None]] = {
     FewConfig: few_linear_triton,
@@ -193,7 +202,7 @@ _LARGE: dict[type, Callable[..., NormBegun | None]] = {
 
 
 @functools.cache
-def find_config(m: int, n: int, k: int, kind: str) -> Config | FewConfig | SkinnyConfig | StreamConfig | None:
+def find_config(m: int, n: int, k: int, kind: str) -> AnyConfig | None:
     """The configuration for ``m`` tokens, of this kernel or of one for more tokens; None where cuBLAS is as fast, or
     nothing is known.
 
@@ -201,7 +210,12 @@ def find_config(m: int, n: int, k: int, kind: str) -> Config | FewConfig | Skinn
     of two; ``block_n`` 0 says that cuBLAS won.
     """
     m = 1 << (m - 1).bit_length()
-    found = tuned.lookup("linear", f"{kind}/{n}x{k}/m{m}", f"{kind}/k{triton.next_power_of_2(k)}/m{m}")
+    any_n = f"k{triton.next_power_of_2(k)}/m{m}"
+    if kind == "gated" and runs_gluon():
+        columns = tuned.lookup("linear", f"gated_columns/{n}x{k}/m{m}", f"gated_columns/{any_n}")
+        if columns is not None:
+            return ColumnsConfig(**columns)
+    found = tuned.lookup("linear", f"{kind}/{n}x{k}/m{m}", f"{kind}/{any_n}")
     if found is not None and "ahead" in found:
         return FewConfig(**found) if multiplies_thread_by_thread() else None
     if found is None or found["block_n"] == 0:
@@ -234,7 +248,7 @@ def linear_triton(
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    config: Config | FewConfig | SkinnyConfig | StreamConfig,
+    config: AnyConfig,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
@@ -253,12 +267,16 @@ def linear_triton(
         begun: that norm, if the product before began it.
         weight_scale: fp32, one a row of a float8_e4m3fn ``weight`` (K a multiple of 16); None: ``weight`` is of 16 bits.
     """
-    if isinstance(config, FewConfig | StreamConfig):
+    if isinstance(config, ColumnsConfig | FewConfig | StreamConfig):
         squares = None
         if begun is not None:
             x, squares = begun.scaled, begun.squares
         elif norm_weight is not None:
             x = rms_norm(x, norm_weight, eps)
+        if isinstance(config, ColumnsConfig):
+            from kubeinfer.kernels.gluon_gated_columns import gated_columns_gluon
+
+            return gated_columns_gluon(x, weight, bias, out, config, squares, eps)
         _LARGE[type(config)](x, weight, bias, out, config, gated, add, squares, eps)
         return out
     if isinstance(config, SkinnyConfig):
@@ -286,7 +304,7 @@ def add_linear_triton(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    config: Config | FewConfig | SkinnyConfig | StreamConfig,
+    config: AnyConfig,
     next_norm: Tensor | None,
 ) -> NormBegun | None:
     """`linear_triton` added to ``residual``; the norm of the sum whose weight is ``next_norm [N]`` is begun, if the kernel can."""

@@ -223,7 +223,8 @@ def test_only_a_few_aligned_rows_of_16_bits_take_the_gpu_kernel(device: str) -> 
     x, weight = x.to(device), weight.to(device)
     assert few_rows(x)
     assert not few_rows(x.float())
-    assert not few_rows(x.repeat(9, 1))
+    assert few_rows(x.repeat(MAX_FEW_ROWS // 8, 1))
+    assert not few_rows(x.repeat(MAX_FEW_ROWS // 8 + 1, 1))
     assert few_rows_config(x[:, :60], weight[:, :60], 8, "plain") is None
     assert few_rows_config(x, weight.float(), 8, "plain") is None
 
@@ -246,8 +247,10 @@ def test_tuned_tiles_fit_their_kernels() -> None:
             assert set(entry) == {"in_flight"}, key
             shape, tokens = key.split("/")[1], int(key.rsplit("/m", 1)[1])
             assert 8 < tokens <= MAX_FEW_ROWS, key
-            # Outputs of a program of an H200, rounded up as far as may be; of any shape at most 160.
-            own = min(160, 2 * -(-int(shape.split("x")[0]) // 132)) if "x" in shape else 160
+            # Outputs of a program of an H200, rounded up to a sum of two powers of two; of any shape at most 160.
+            most = int(shape.split("x")[0]) if "x" in shape else 132 * 160
+            shares = [a + b for a in (8, 16, 32, 64, 128) for b in (0, 8, 16, 32) if b < a]
+            own = min(share for share in shares if share * 132 >= most)
             shared = 2 * 64 * entry["in_flight"] * (2 * own + 64 * -(-tokens // 64))
             assert shared <= 226 * 1024, key
         elif "ahead" in entry:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
+from kubeinfer.collector import Unvisited
 from kubeinfer.engine.client import EngineClient, make_client
 from kubeinfer.engine.environment import prepare_this_process
 from kubeinfer.errors import KubeinferError, NotSupportedError, RequestError
@@ -77,9 +77,6 @@ class LLM:
         self._ids = itertools.count()
         self._lock = threading.Lock()
         self._hf_tokenizer: Any = None
-        # What was loaded stays: without this, the collector walks over it in the middle of a step.
-        gc.collect()
-        gc.freeze()
 
     # ---- generation ----
 
@@ -105,7 +102,9 @@ class LLM:
         if any(type(value) is not int for value in priority or ()):
             raise RequestError(f"priority must be integers, got {list(priority or ())[:8]}.", "priority")
         ids = [str(next(self._ids)) for _ in items]
-        return self._run(self._input.process_batch(items, params, ids, priority), use_tqdm)
+        with Unvisited() as unvisited:
+            requests = self._input.process_batch(items, params, ids, priority)
+            return self._run(requests, use_tqdm, unvisited)
 
     def chat(
         self,
@@ -162,13 +161,15 @@ class LLM:
             )
         return list(sampling_params)
 
-    def _run(self, requests: Sequence[ProcessedRequest], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self, requests: Sequence[ProcessedRequest], use_tqdm: bool, unvisited: Unvisited
+    ) -> list[RequestOutput]:
         client = self._engine()
         states: list[RequestState] = []
         with self._lock:
             try:
                 with HeldInterrupts() as interrupts:
-                    self._loop(client, requests, states, use_tqdm, interrupts)
+                    self._loop(client, requests, states, use_tqdm, interrupts, unvisited)
             except BaseException:
                 self._abandon(client, states)
                 raise
@@ -184,6 +185,7 @@ class LLM:
         states: list[RequestState],
         use_tqdm: bool,
         interrupts: HeldInterrupts,
+        unvisited: Unvisited,
     ) -> None:
         """Run ``requests``, of each of which the engine has been told once its state is in ``states``."""
         process = self._output.process
@@ -199,6 +201,7 @@ class LLM:
                     part = coming.pop(0)
                     states.extend(map(self._output.add, part))
                     client.add_requests([engine for request in part for engine in request.engine_requests])
+                    unvisited.extend()
                 outputs = client.step().outputs
                 if not outputs and not client.has_unfinished_requests():
                     raise KubeinferError(

@@ -1,19 +1,18 @@
 """Blocks of the KV cache: who holds which, and which prefix each full block stands for.
 
-Automatic prefix caching by a hash chain over full blocks: a block's key covers its own tokens and all before it, so equal
-keys mean equal prefixes (paged KV cache: Kwon et al. 2023, "Efficient Memory Management for Large Language Model
-Serving with PagedAttention"). With host blocks there is a second tier: blocks evicted from the device are kept there and
-brought back. Plain integers; no device is touched here.
+Automatic prefix caching by keys of full blocks (`kubeinfer.engine.prefix_keys`): equal keys mean equal prefixes (paged KV
+cache: Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention"). With host
+blocks there is a second tier: blocks evicted from the device are kept there and brought back. Plain integers; no device is
+touched here.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
-from hashlib import sha256
 
 from kubeinfer.engine.free_list import FreeList
 from kubeinfer.engine.host_tier import HostTier
+from kubeinfer.engine.prefix_keys import PrefixKeys
 from kubeinfer.engine.request import Request
 
 DUMMY_BLOCK = 0  # never given to a request: padding rows of a captured graph point at it
@@ -41,6 +40,7 @@ class KVCacheManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._refs = [0] * num_blocks
+        self._keys = PrefixKeys(block_size)
         self._key: list[bytes | None] = [None] * num_blocks  # of a block that is in _cached
         self._cached: dict[bytes, int] = {}
         self._free = FreeList(num_blocks)
@@ -75,14 +75,6 @@ class KVCacheManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _extend_hashes(self, request: Request, num_blocks: int) -> None:
-        """Compute keys of the request's first ``num_blocks`` blocks (all their tokens must be known)."""
-        hashes, size, tokens = request.block_hashes, self.block_size, request.token_ids
-        parent = hashes[-1] if hashes else (request.engine_request.cache_salt or "").encode()
-        for i in range(len(hashes), num_blocks):
-            parent = sha256(parent + array("q", tokens[i * size : (i + 1) * size]).tobytes()).digest()
-            hashes.append(parent)
-
     def match_prefix(self, request: Request) -> list[int]:
         """Cached blocks of the longest known prefix; at least one token is always left to compute.
 
@@ -91,7 +83,7 @@ class KVCacheManager:
         if not self.enable_prefix_caching or request.params.prompt_logprobs is not None:
             return []
         most = (len(request.token_ids) - 1) // self.block_size
-        self._extend_hashes(request, most)
+        self._keys.extend(request, most)
         found: list[int] = []
         cached, host = self._cached, self._host
         for key in request.block_hashes[:most]:
@@ -204,7 +196,7 @@ class KVCacheManager:
         full = min(num_computed, len(request.token_ids)) // self.block_size
         if not self.enable_prefix_caching or full <= request.num_registered:
             return
-        self._extend_hashes(request, full)
+        self._keys.extend(request, full)
         for i in range(request.num_registered, full):
             key, block = request.block_hashes[i], request.block_ids[i]
             if key not in self._cached:

@@ -25,7 +25,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     arrival_time: float = 0.0  # time.time(), seconds
 
 
-class TokenLogprobs(msgspec.Struct, array_like=True):
+class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
     """Log-probabilities of one position: the chosen token first, then the most likely ones."""
 
     token_ids: list[int]
@@ -33,7 +33,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
     rank: int  # of the chosen token, from 1
 
 
-class EngineOutput(msgspec.Struct, array_like=True, omit_defaults=True):
+class EngineOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """What one step brought to one request."""
 
     request_id: str

@@ -35,7 +35,7 @@ class Request:
         "request_id",
         "row",
         "scheduled_time",
-        "stop_ids",
+        "stops",
         "token_ids",
     )
 
@@ -48,7 +48,7 @@ class Request:
         self.prompt_len = len(self.token_ids)
         self.max_total = min(self.prompt_len + engine_request.max_tokens, max_model_len)
         self.eos = frozenset() if params.ignore_eos else frozenset(engine_request.eos_token_ids)
-        self.stop_ids = frozenset(params.stop_token_ids or ())
+        self.stops = self.eos | frozenset(params.stop_token_ids or ())
         self.priority = engine_request.priority
         self.arrival = engine_request.arrival_time
         self.order = order  # of arrival in this engine; breaks ties

@@ -151,6 +151,7 @@ class Scheduler:
             self.running.sort(key=lambda r: r.sort_key)
 
         running = self.running
+        block_size, next_step = kv_cache.block_size, self.num_steps + 1
         # Steps that follow one another hold different decodes, as many as there are stages, or requests if they are fewer.
         apart = min(config.num_stages, len(running))
         most_decodes = -(-len(running) // config.num_stages)
@@ -164,25 +165,26 @@ class Scheduler:
                 total >= request.max_total
                 or request.needs_history
                 or config.wait_for_tokens
-                or self.num_steps + 1 - request.last_step < apart
+                or next_step - request.last_step < apart
             ):
                 continue  # its last token is on its way, the next one depends on it, or it belongs to another step
             num_new = total - request.num_computed
-            if num_new == 1 and len(decodes) >= most_decodes:
-                continue
-            if num_new > 1:
+            if num_new == 1:
+                if len(decodes) >= most_decodes:
+                    continue
+            elif num_new > 1:
                 num_new = min(num_new, threshold, budget)
             end = request.num_computed + num_new
             held = len(request.block_ids)
-            while (blocks := kv_cache.allocate(request, end)) is None:
-                victim = running.pop()
-                self._preempt(victim)
-                preempted = True
-                if victim is request:
+            if end > held * block_size:
+                while (blocks := kv_cache.allocate(request, end)) is None:
+                    victim = running.pop()
+                    self._preempt(victim)
+                    preempted = True
+                    if victim is request:
+                        break
+                if blocks is None:
                     break
-            if blocks is None:
-                break
-            if blocks:
                 new_blocks.append((request.row, held, blocks))
             if request.needs_history:
                 history.append((request.row, request.token_ids[request.prompt_len :]))
@@ -192,7 +194,7 @@ class Scheduler:
             else:
                 chunks.append((request, num_new))
             request.num_computed = end
-            if end // kv_cache.block_size > request.num_registered:
+            if end // block_size > request.num_registered:
                 kv_cache.register_full_blocks(request, end)
 
         new_rows: list[NewRow] = []
@@ -342,12 +344,10 @@ class Scheduler:
             if request.aborted:
                 continue
             tokens = request.token_ids
-            first = len(tokens) == request.prompt_len
             tokens.append(token)
-            self.num_generation_tokens += 1
             reason, stop = self._finish_reason(request, token)
             output = EngineOutput(request.request_id, [token], reason, stop)
-            if first:
+            if len(tokens) == request.prompt_len + 1:
                 output.num_cached_tokens = request.num_cached
                 output.scheduled_time = request.scheduled_time
                 if prompt_logprobs is not None and request.params.prompt_logprobs is not None:
@@ -362,17 +362,15 @@ class Scheduler:
                 if request.row < 0:  # preempted while this token was in flight
                     self.waiting.remove(request)
                 self._release(request)
+        self.num_generation_tokens += len(outputs)
         if finished:
             self.running = [r for r in self.running if not r.aborted]
         return outputs
 
     def _finish_reason(self, request: Request, token: int) -> tuple[str | None, int | None]:
         length = len(request.token_ids)
-        if length - request.prompt_len >= request.params.min_tokens:
-            if token in request.eos:
-                return "stop", None
-            if token in request.stop_ids:
-                return "stop", token
+        if token in request.stops and length - request.prompt_len >= request.params.min_tokens:
+            return "stop", None if token in request.eos else token
         if length >= request.max_total:
             return "length", None
         return None, None

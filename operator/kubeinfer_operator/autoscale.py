@@ -19,11 +19,16 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What the gateways said of a model: held and passed requests, seconds since the last one (None: never)."""
+    """What the gateways said of a model: held and passed requests, seconds since the last one (None: never).
+
+    Attributes:
+        silent: ready gateways that did not answer; requests may wait there.
+    """
 
     waiting: int = 0
     inflight: int = 0
     idle_for: float | None = None
+    silent: int = 0
 
 
 @dataclass
@@ -63,12 +68,14 @@ def decide(
     """The number of replicas to have now. Appends to ``history``, in seconds of any steady clock.
 
     Up when all recommendations of ``scale_up_delay`` call for it, down when all of ``scale_down_delay`` allow it, to zero
-    only when idle for ``scale_to_zero_delay``, and never while a pod that was asked for is still ``starting``.
+    only when idle for ``scale_to_zero_delay`` and every gateway says so, and never while a pod that was asked for is still
+    ``starting``.
     """
     wanted = recommend(spec, current, loads, unread, demand)
     busy = (
         sum(load.running + load.waiting for load in loads) + demand.waiting + demand.inflight > 0
         or unread > 0
+        or demand.silent > 0
     )
     if busy or history.active_at is None or starting:
         history.active_at = now

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -65,12 +65,16 @@ class Reader:
             return None
         return parse_metrics(body.decode("utf-8", "replace")) if status == 200 else None
 
-    async def demand(self, addresses: Iterable[str], port: int) -> dict[str, Demand]:
-        """Demand by ``namespace/name``, summed over the gateways that answer."""
+    async def demand(self, addresses: Sequence[str], port: int) -> tuple[dict[str, Demand], dict[str, str]]:
+        """Demand by ``namespace/name``, summed over the gateways that answer; and why the others do not, by address."""
         pages = await asyncio.gather(*(self._demand(address, port) for address in addresses))
         total: dict[str, Demand] = {}
+        silent: dict[str, str] = {}
         now = time.time()
-        for page in pages:
+        for address, page in zip(addresses, pages, strict=True):
+            if isinstance(page, str):
+                silent[address] = page
+                continue
             for name, entry in page.items():
                 before = total.get(name, Demand())
                 last = entry.get("last_request")
@@ -81,15 +85,24 @@ class Reader:
                     before.inflight + int(entry.get("inflight", 0)),
                     min(known) if known else None,
                 )
-        return total
+        return total, silent
 
-    async def _demand(self, address: str, port: int) -> dict[str, dict[str, Any]]:
+    async def _demand(self, address: str, port: int) -> dict[str, dict[str, Any]] | str:
+        """Entries by model, or why there are none."""
+        url = f"http://{_host(address)}:{port}/demand"
         try:
-            status, body = await self._get(f"http://{_host(address)}:{port}/demand")
-            models = json.loads(body)["models"] if status == 200 else {}
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
-            return {}
-        return models if isinstance(models, dict) else {}
+            status, body = await self._get(url)
+        except TimeoutError:
+            return f"{url} did not answer in {self._timeout.total:g} s"
+        except (aiohttp.ClientError, OSError) as error:
+            return f"{url}: {error}"
+        if status != 200:
+            return f"{url} answered {status}"
+        try:
+            models = json.loads(body)["models"]
+        except (ValueError, KeyError, TypeError):
+            models = None
+        return models if isinstance(models, dict) else f"{url} answered with something that is no demand"
 
     async def answers(self, url: str, served: tuple[str, ...]) -> tuple[bool, str]:
         """Whether the model lists itself at ``url``; a refusal for want of a key is an answer of the model, too."""

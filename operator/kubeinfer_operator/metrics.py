@@ -67,6 +67,11 @@ class Metrics:
             ["direction"],
             registry=self.registry,
         )
+        self.silent_gateways = Gauge(
+            "kubeinfer_operator_silent_gateways",
+            "Ready gateways that do not tell their demand to the autoscaler.",
+            registry=self.registry,
+        )
 
     def count_calls(self, read: Callable[[], dict[tuple[str, str], int]]) -> None:
         """Export the client's own count of requests."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,6 +29,7 @@ class Autoscaler:
         self._controller = controller
         self._gateways = gateways
         self._history: dict[Key, History] = {}
+        self._silent: set[str] = set()  # gateways that did not answer last time
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -53,13 +55,29 @@ class Autoscaler:
         if not scaled:
             return
         addresses = [ip for pod in self._gateways if is_ready(pod) and (ip := pod["status"].get("podIP"))]
-        demand = await self._controller.reader.demand(addresses, world.settings.gateway_port)
+        demand, silent = await self._controller.reader.demand(addresses, world.settings.gateway_port)
+        self._tell(silent)
         await asyncio.gather(
             *(
-                self._one(key, model, spec, demand.get("/".join(key), Demand()), now)
+                self._one(
+                    key, model, spec, replace(demand.get("/".join(key), Demand()), silent=len(silent)), now
+                )
                 for key, (model, spec) in scaled.items()
             )
         )
+
+    def _tell(self, silent: dict[str, str]) -> None:
+        """Of gateways that no longer answer, once each."""
+        for address in silent.keys() - self._silent:
+            logger.warning(
+                "a gateway does not tell what waits there: %s. Until it does, no model is scaled to zero, and requests that "
+                "wait at it wake none; does a NetworkPolicy keep the operator from it?",
+                silent[address],
+            )
+        for address in self._silent - silent.keys():
+            logger.info("the gateway at %s tells its demand again, or is gone", address)
+        self._silent = set(silent)
+        self._controller.metrics.silent_gateways.set(len(silent))
 
     async def _one(
         self, key: Key, model: Manifest, spec: AutoscalingSpec, demand: Demand, now: float

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from typing import Any
 
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kubeinfer_operator.api.v1alpha1 import AutoscalingSpec
 from kubeinfer_operator.autoscale import Demand, History, Load, decide, recommend
-from kubeinfer_operator.loads import parse_metrics
+from kubeinfer_operator.loads import Reader, parse_metrics
 
 
 def spec(**fields: Any) -> AutoscalingSpec:
@@ -74,6 +77,58 @@ def test_sleeps_and_wakes() -> None:
     assert decide(scaling, 1, idle, 0, 0, Demand(idle_for=13), history, 16) == 0
     assert decide(scaling, 0, [], 0, 0, Demand(), history, 20) == 0
     assert decide(scaling, 0, [], 0, 0, Demand(waiting=1), history, 21) == 1
+
+
+def test_no_sleep_while_a_gateway_does_not_answer() -> None:
+    scaling, history = spec(minReplicas=0, scaleDownDelay=1, scaleToZeroDelay=10), History()
+    idle = [Load(0, 0, 0)] * 2
+    for now in range(0, 60, 5):
+        least = 2 if now == 0 else 1
+        assert decide(scaling, 2 if now == 0 else 1, idle, 0, 0, Demand(silent=1), history, now) == least
+    assert decide(scaling, 1, idle, 0, 0, Demand(), history, 64) == 1, "it may have had requests until 55"
+    assert decide(scaling, 1, idle, 0, 0, Demand(), history, 66) == 0
+
+
+async def test_what_gateways_say_and_why_others_do_not() -> None:
+    now = time.time()
+    models = {
+        "a/one": {"waiting": 2, "inflight": 1, "last_request": now - 5},
+        "a/two": {"waiting": 0, "inflight": 0, "last_request": None},
+    }
+    answers = {
+        "127.0.0.1": web.json_response({"models": models}),
+        "127.0.0.2": web.json_response({"models": models}),
+        "127.0.0.3": web.Response(status=404),
+        "127.0.0.4": web.Response(text="hello"),
+    }
+
+    async def answer(request: web.Request) -> web.Response:
+        given = answers[request.url.host or ""]
+        return web.Response(body=given.body, status=given.status)
+
+    app = web.Application()
+    app.router.add_get("/demand", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    for address in answers:
+        await web.TCPSite(runner, address, port).start()
+    reader = Reader()
+    try:
+        demand, silent = await reader.demand([*answers, "127.0.0.5"], port)
+    finally:
+        await reader.close()
+        await runner.cleanup()
+    assert set(demand) == {"a/one", "a/two"}
+    assert (demand["a/one"].waiting, demand["a/one"].inflight) == (4, 2)
+    assert 4 < (demand["a/one"].idle_for or 0) < 30
+    assert demand["a/two"] == Demand()
+    assert silent.keys() == {"127.0.0.3", "127.0.0.4", "127.0.0.5"}
+    assert silent["127.0.0.3"] == f"http://127.0.0.3:{port}/demand answered 404"
+    assert "no demand" in silent["127.0.0.4"]
+    assert silent["127.0.0.5"].startswith(f"http://127.0.0.5:{port}/demand: ")
 
 
 def test_a_pod_that_still_loads_is_not_taken_away() -> None:

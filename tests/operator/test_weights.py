@@ -49,6 +49,24 @@ def test_failed_download_then_mirror_then_first_again() -> None:
     assert cluster.current()["status"]["weights"]["source"] == "hf://acme/smol"
 
 
+def test_a_mesh_leaves_the_downloads_pods_alone() -> None:
+    cluster = Cluster()
+    cluster.model(model={"uri": "hf://acme/smol"})
+    cluster.settle()
+    (job,) = cluster.jobs()
+    pods = job["spec"]["template"]["metadata"]
+    assert pods["labels"]["sidecar.istio.io/inject"] == "false"
+    assert pods["labels"]["kuma.io/sidecar-injection"] == "disabled"
+    assert pods["annotations"]["linkerd.io/inject"] == "disabled"
+    assert job["metadata"]["labels"].items() <= pods["labels"].items()
+    cluster.finish_job(job)
+    cluster.settle()
+    runtime = cluster.deployment()
+    assert runtime is not None
+    template = runtime["spec"]["template"]["metadata"]
+    assert not any("inject" in key for key in [*template["labels"], *template.get("annotations", {})])
+
+
 def test_hub_that_refuses_is_left_for_the_mirror() -> None:
     answers = {"hf://acme/smol": HubError("ModelNotFound", "no such model", False)}
     cluster = Cluster(answers=dict(answers))

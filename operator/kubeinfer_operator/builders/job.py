@@ -20,6 +20,9 @@ from kubeinfer_operator.config import Settings
 
 GIB = 1 << 30
 ATTEMPTS = 3
+# A mesh's proxy that is injected as an ordinary container never ends, and so the Job would not.
+_NO_PROXY_LABELS = {"sidecar.istio.io/inject": "false", "kuma.io/sidecar-injection": "disabled"}
+_NO_PROXY_ANNOTATIONS = {"sidecar.istio.io/inject": "false", "linkerd.io/inject": "disabled"}
 
 
 def job_name(claim: str, claim_uid: str, artifact: Artifact) -> str:
@@ -92,7 +95,10 @@ def pull_job(
         },
         "spec": {
             "backoffLimit": ATTEMPTS - 1,
-            "template": {"metadata": {"labels": labels}, "spec": pod},
+            "template": {
+                "metadata": {"labels": labels | _NO_PROXY_LABELS, "annotations": dict(_NO_PROXY_ANNOTATIONS)},
+                "spec": pod,
+            },
         },
     }
 

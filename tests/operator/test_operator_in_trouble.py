@@ -57,9 +57,7 @@ async def test_a_quota_is_told_once_and_asked_now_and_then(
         await until(lambda: api.all("jobs"), 15)
 
 
-async def test_a_write_that_fails_for_long_is_told(
-    api: FakeApi, runtime: Runtime, kubeconfig: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_write_that_fails_for_long_is_told(api: FakeApi, runtime: Runtime, kubeconfig: None) -> None:
     async with running():
         api.put(*IM, MODEL)
         await until(lambda: api.all("jobs"))

@@ -161,7 +161,8 @@ class ApiServer:
         took = f" after {time.monotonic() - self.started:.1f} s" if self.started is not None else ""
         base = self.base_url()
         _logger.info("Ready%s: %s serves %s", took, base, ", ".join(self.state.served_names))
-        print(self.greeting(base), flush=True)
+        if self.options.log_format == "text":  # what collects JSON lines has no use for it
+            print(self.greeting(base), flush=True)
 
     def base_url(self) -> str:
         """The address as a person on this machine would type it."""

@@ -98,6 +98,6 @@ def decide(
     lower = max(down)
     if lower >= current or not settled or starting:
         return max(current, spec.min_replicas)
-    if lower == 0 and now - history.active_at < spec.scale_to_zero_delay:
+    if lower == 0 and (demand.silent or now - history.active_at < spec.scale_to_zero_delay):
         lower = 1
     return max(lower, spec.min_replicas)

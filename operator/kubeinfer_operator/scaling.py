@@ -53,6 +53,7 @@ class Autoscaler:
             self._history.pop(key, None)
             world.decisions.pop(key, None)
         if not scaled:
+            self._tell({})
             return
         addresses = [ip for pod in self._gateways if is_ready(pod) and (ip := pod["status"].get("podIP"))]
         demand, silent = await self._controller.reader.demand(addresses, world.settings.gateway_port)
@@ -75,7 +76,7 @@ class Autoscaler:
                 silent[address],
             )
         for address in self._silent - silent.keys():
-            logger.info("the gateway at %s tells its demand again, or is gone", address)
+            logger.info("the gateway at %s tells its demand again, or is no longer asked", address)
         self._silent = set(silent)
         self._controller.metrics.silent_gateways.set(len(silent))
 

@@ -11,7 +11,7 @@ from gated_reference import EPS, TOLERANCE, on_hopper, part_of, want
 from torch import Tensor
 
 from kubeinfer.kernels.fused_linear import gated_linear
-from kubeinfer.kernels.linear import MAX_FEW_ROWS, few_rows_config
+from kubeinfer.kernels.linear import MAX_TENS_ROWS, few_rows_config
 from kubeinfer.kernels.norm import NormBegun
 
 # Outputs and inputs: shares of 8, of 32 + 8, of 128, and of 128 + 16 of which the last program has fewer; several tiles a program.
@@ -65,7 +65,7 @@ def test_any_number_of_programs(device: str, programs: int, monkeypatch: pytest.
 
     monkeypatch.setattr(gluon_gated_columns, "processors", lambda _: programs)
     torch.manual_seed(programs)
-    for in_flight in (1, 2, 4):
+    for in_flight in (2, 3, 4):
         for m in (40, 128):
             run(device, m, 1032, 456, torch.bfloat16, True, 0, in_flight)
 
@@ -86,7 +86,7 @@ def test_a_layer_in_a_graph(device: str) -> None:
             few_rows_config(torch.empty(m, k, dtype=torch.bfloat16, device=device), weight, n, "gated"),
             ColumnsConfig,
         )
-        assert taken == (8 < m <= MAX_FEW_ROWS)
+        assert taken == (8 < m <= MAX_TENS_ROWS)
         x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
 
         def layer(x: Tensor = x) -> Tensor:
@@ -151,6 +151,8 @@ def test_what_it_does_not_take(device: str) -> None:
     x: Any = torch.zeros(129, 64, dtype=torch.bfloat16, device=device)
     with pytest.raises(ValueError, match="129 tokens: this kernel takes up to 128"):
         gated_columns_gluon(x, x.new_zeros(32, 64), None, x.new_empty(129, 16), ColumnsConfig(4))
+    with pytest.raises(ValueError, match="at least two steps"):
+        gated_columns_gluon(x[:64], x.new_zeros(32, 64), None, x.new_empty(64, 16), ColumnsConfig(1))
     assert fits(18944, 128, ColumnsConfig(4))
     assert not fits(18944, 128, ColumnsConfig(5))
     assert fits(18944, 64, ColumnsConfig(5))

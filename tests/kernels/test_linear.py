@@ -17,7 +17,15 @@ from kubeinfer.kernels.fused_linear import (
     gated_linear,
     norm_linear,
 )
-from kubeinfer.kernels.linear import MAX_FEW_ROWS, few_rows, few_rows_config, linear, logits, pack_weight
+from kubeinfer.kernels.linear import (
+    MAX_FEW_ROWS,
+    MAX_TENS_ROWS,
+    few_rows,
+    few_rows_config,
+    linear,
+    logits,
+    pack_weight,
+)
 
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPS = 1e-5
@@ -225,6 +233,7 @@ def test_only_a_few_aligned_rows_of_16_bits_take_the_gpu_kernel(device: str) -> 
     assert not few_rows(x.float())
     assert few_rows(x.repeat(MAX_FEW_ROWS // 8, 1))
     assert not few_rows(x.repeat(MAX_FEW_ROWS // 8 + 1, 1))
+    assert few_rows_config(x.repeat(MAX_FEW_ROWS // 8 + 1, 1), weight, 8, "plain") is None
     assert few_rows_config(x[:, :60], weight[:, :60], 8, "plain") is None
     assert few_rows_config(x, weight.float(), 8, "plain") is None
 
@@ -246,7 +255,8 @@ def test_tuned_tiles_fit_their_kernels() -> None:
         elif key.startswith("gated_columns/"):
             assert set(entry) == {"in_flight"}, key
             shape, tokens = key.split("/")[1], int(key.rsplit("/m", 1)[1])
-            assert 8 < tokens <= MAX_FEW_ROWS, key
+            assert entry["in_flight"] >= 2, key
+            assert 8 < tokens <= MAX_TENS_ROWS, key
             # Outputs of a program of an H200, rounded up to a sum of two powers of two; of any shape at most 160.
             most = int(shape.split("x")[0]) if "x" in shape else 132 * 160
             shares = [a + b for a in (8, 16, 32, 64, 128) for b in (0, 8, 16, 32) if b < a]

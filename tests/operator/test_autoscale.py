@@ -87,6 +87,9 @@ def test_no_sleep_while_a_gateway_does_not_answer() -> None:
         assert decide(scaling, 2 if now == 0 else 1, idle, 0, 0, Demand(silent=1), history, now) == least
     assert decide(scaling, 1, idle, 0, 0, Demand(), history, 64) == 1, "it may have had requests until 55"
     assert decide(scaling, 1, idle, 0, 0, Demand(), history, 66) == 0
+    at_once, history = spec(minReplicas=0, scaleDownDelay=0, scaleToZeroDelay=0), History()
+    assert [decide(at_once, 1, idle, 0, 0, Demand(silent=1), history, now) for now in range(3)] == [1, 1, 1]
+    assert decide(at_once, 1, idle, 0, 0, Demand(), history, 3) == 0
 
 
 async def test_what_gateways_say_and_why_others_do_not() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from kubeinfer.distributed.executor import CacheSpec, Executor
@@ -40,5 +41,9 @@ class UniProcessExecutor(Executor):
         return result
 
     def shutdown(self) -> None:
+        # Nobody wants the result of a step under way, but it may write tokens into memory of the host that is given back here.
+        with suppress(Exception):  # of a device that has failed: that has been told
+            while self._pending:
+                self._pending.popleft().wait()
         self._pending.clear()
         self.worker.shutdown()

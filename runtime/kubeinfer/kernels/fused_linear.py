@@ -26,8 +26,7 @@ from kubeinfer.kernels.norm import NormBegun, rms_norm
 
 # The fewest tokens from which on our gated product takes any number: of fewer, those whose tiles fill the GPU.
 MIN_MANY_ROWS = 1024
-# Up to so many tokens, and from so many on, it pays that the product before a norm reads the residual stream, and not the norm.
-_MAX_ADDED_FEW_ROWS = 64
+# From so many tokens on it pays that the product before a norm reads the residual stream, and not the norm.
 _MIN_ADDED_ROWS = 512
 
 
@@ -120,7 +119,7 @@ def many_rows_form(x: Tensor, weight: Tensor, inner: int) -> GatedForm | None:
 def adds_to_residual(x: Tensor) -> bool:
     """Whether products that add to the residual stream ``x [T, H]`` cost less than a norm that does."""
     if few_rows(x):
-        return x.shape[0] <= _MAX_ADDED_FEW_ROWS
+        return True
     return (
         x.is_cuda
         and x.shape[0] >= _MIN_ADDED_ROWS

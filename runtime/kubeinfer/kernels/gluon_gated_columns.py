@@ -28,12 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kubeinfer.kernels.gluon_bulk import wait_for_kernel_before
+from kubeinfer.kernels.linear import MAX_TENS_ROWS
 from kubeinfer.kernels.triton_launch import Kernel, processors, shared_memory
 from kubeinfer.kernels.triton_linear import ColumnsConfig
 
 _ROWS = 64  # tokens of a warpgroup
 _BLOCK_K = 64
-MAX_TOKENS = 128
+MAX_TOKENS = MAX_TENS_ROWS
 _OTHER_BYTES = 2048  # of shared memory: barriers, and the compiler's own
 # A thread's, by warpgroups that multiply: shared out evenly when the kernel starts, but then the producer gives up most of its own.
 _REGISTERS = {1: 160, 2: 168}
@@ -306,6 +307,8 @@ def gated_columns_gluon(
     n = out.shape[1]
     if m > MAX_TOKENS:
         raise ValueError(f"{m} tokens: this kernel takes up to {MAX_TOKENS}.")
+    if config.in_flight < 2:  # a step's place is free when the next has been multiplied
+        raise ValueError(f"{config}: at least two steps are under way.")
     groups = triton.cdiv(m, _ROWS)
     programs = processors(x.device)
     large, small = share(n, programs)

@@ -17,8 +17,9 @@ from kubeinfer.kernels.cpu import library as cpu
 if TYPE_CHECKING:
     from kubeinfer.kernels.triton_linear import AnyConfig
 
-# The most tokens that our GPU kernels for few take.
-MAX_FEW_ROWS = 128
+# The most tokens that our GPU kernels for few take, and the one for some tens (of a gated product).
+MAX_FEW_ROWS = 64
+MAX_TENS_ROWS = 128
 _COMPUTED_AGAIN = 64  # of a token's logits
 
 
@@ -107,13 +108,13 @@ def _linear_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor 
     return torch.cat([F.linear(row.clone(), weight, bias) for row in x.split(1)])
 
 
-def few_rows(x: Tensor) -> bool:
-    """Whether ``x`` is a few tokens of 16-bit numbers on a GPU: what our kernel may serve."""
+def few_rows(x: Tensor, most: int = MAX_FEW_ROWS) -> bool:
+    """Whether ``x`` is at most so many tokens of 16-bit numbers on a GPU: what our kernels may serve."""
     return (
         x.is_cuda
         and not batch_invariant()
         and x.dim() == 2
-        and 0 < x.shape[0] <= MAX_FEW_ROWS
+        and 0 < x.shape[0] <= most
         and x.dtype in (torch.bfloat16, torch.float16)
     )
 
@@ -123,7 +124,8 @@ def few_rows_config(x: Tensor, weight: Tensor, n: int, kind: str) -> AnyConfig |
 
     ``n`` outputs; ``kind`` is ``plain`` or ``gated`` (then ``weight`` has ``2 n`` rows).
     """
-    if not few_rows(x) or weight.dtype != x.dtype or weight.stride(-1) != 1 or x.stride(1) != 1:
+    most = MAX_TENS_ROWS if kind == "gated" else MAX_FEW_ROWS
+    if not few_rows(x, most) or weight.dtype != x.dtype or weight.stride(-1) != 1 or x.stride(1) != 1:
         return None
     k = x.shape[1]
     if k % 8 or x.stride(0) % 8 or weight.stride(0) % 8:

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +25,13 @@ from kubeinfer.kernels import tuned
 from kubeinfer.kernels.fp8 import MAX_WIDE_ROWS
 from kubeinfer.kernels.norm import NormBegun, rms_norm
 from kubeinfer.kernels.triton_few_linear import FewConfig, few_linear_triton
-from kubeinfer.kernels.triton_launch import Kernel, multiplies_thread_by_thread, overlaps_launches, runs_gluon
+from kubeinfer.kernels.triton_launch import (
+    Kernel,
+    multiplies_thread_by_thread,
+    overlaps_launches,
+    processors,
+    runs_gluon,
+)
 from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig, skinny_linear_triton
 from kubeinfer.kernels.triton_stream_linear import StreamConfig, stream_linear_triton, streams
 
@@ -212,7 +219,11 @@ def find_config(m: int, n: int, k: int, kind: str) -> AnyConfig | None:
     m = 1 << (m - 1).bit_length()
     any_n = f"k{triton.next_power_of_2(k)}/m{m}"
     if kind == "gated" and runs_gluon():
-        columns = tuned.lookup("linear", f"gated_columns/{n}x{k}/m{m}", f"gated_columns/{any_n}")
+        # There each program reads all tokens: where these are more than its weights, only what was measured is taken.
+        keys = [f"gated_columns/{n}x{k}/m{m}"]
+        if m * processors(torch.device("cuda")) <= 2 * n:
+            keys.append(f"gated_columns/{any_n}")
+        columns = tuned.lookup("linear", *keys)
         if columns is not None:
             return ColumnsConfig(**columns)
     found = tuned.lookup("linear", f"{kind}/{n}x{k}/m{m}", f"{kind}/{any_n}")

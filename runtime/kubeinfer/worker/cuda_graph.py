@@ -111,6 +111,7 @@ class DecodeGraphs:
         # the alignment of their pointers.
         width = -(-largest // 32) * 32
         self._host_inputs = torch.zeros(4, width, dtype=torch.int32, device=device)
+        self._host_inputs[0].fill_(tables.spare_row)
         self._host_inputs[2].fill_(-1)
         self._query_start = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self._zeros = torch.zeros(largest, dtype=torch.float32, device=device)
@@ -137,7 +138,6 @@ class DecodeGraphs:
 
         Within ``warm()`` a step is only to compile and load kernels.
         """
-        self._host_inputs[0].fill_(self.tables.spare_row)
         for key in self._keys():
             # The first call compiles kernels for this size and lets cuBLAS take its workspace outside the graph.
             with warm():

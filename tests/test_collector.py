@@ -1,14 +1,14 @@
-"""Objects are set aside for the time of a call, and not for longer."""
+"""Full collections wait for the end of a call, and are not lost by it."""
 
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
-from collections.abc import Iterator
 
 import pytest
 
-from kubeinfer.collector import Unvisited
+from kubeinfer.collector import no_full_collections
 
 
 class Ring:
@@ -16,42 +16,57 @@ class Ring:
         self.itself = self
 
 
-@pytest.fixture(autouse=True)
-def nothing_set_aside() -> Iterator[None]:
-    """Tests before may have started servers, which set aside what they were started with."""
-    gc.unfreeze()
-    yield
-    gc.unfreeze()
+def churn(times: int) -> list[list[int]]:
+    """Objects enough that collections of every kind become due."""
+    return [[i] for i in range(times * 1000)]
 
 
-def test_what_exists_is_left_alone_and_looked_at_again_afterwards() -> None:
-    before = Ring()
-    seen = weakref.ref(before)
-    with Unvisited() as unvisited:
-        del before
-        inside = weakref.ref(Ring())
-        gc.collect()
-        assert seen() is not None  # set aside
-        assert inside() is None
-        inside = weakref.ref(Ring())
-        unvisited.extend()
-        gc.collect()
-        assert inside() is not None
-    assert gc.get_freeze_count() == 0
-    gc.collect()
+def test_full_collections_wait() -> None:
+    before = gc.get_threshold()
+    old = Ring()
+    gc.collect()  # it is of the oldest generation now
+    seen = weakref.ref(old)
+    del old
+    full = gc.get_stats()[2]["collections"]
+    with no_full_collections():
+        young = weakref.ref(Ring())
+        kept = churn(200)
+        assert gc.get_stats()[2]["collections"] == full
+        assert young() is None
+        assert seen() is not None
+    assert gc.get_threshold() == before
+    kept += churn(1000)
     assert seen() is None
-    assert inside() is None
+    assert kept
 
 
-def test_an_error_inside_changes_nothing() -> None:
-    with pytest.raises(RuntimeError), Unvisited():
+def test_garbage_between_many_calls_goes() -> None:
+    """As a program that answers turn by turn makes it: each call promotes what was made before it."""
+    seen = []
+    kept = []
+    for _ in range(400):
+        seen.append(weakref.ref(Ring()))
+        kept.append(churn(1))
+        with no_full_collections():
+            kept.append(churn(2))
+    assert sum(ring() is not None for ring in seen) < 200
+
+
+def test_calls_in_threads_and_errors_leave_the_threshold() -> None:
+    before = gc.get_threshold()
+    with pytest.raises(RuntimeError), no_full_collections():
         raise RuntimeError
-    assert gc.get_freeze_count() == 0
+    assert gc.get_threshold() == before
+    both = threading.Barrier(2, timeout=10)
 
+    def call() -> None:
+        with no_full_collections():
+            both.wait()
 
-def test_what_the_process_has_set_aside_itself_stays_so() -> None:
-    gc.freeze()
-    count = gc.get_freeze_count()
-    with Unvisited() as unvisited:
-        unvisited.extend()
-    assert gc.get_freeze_count() == count
+    thread = threading.Thread(target=call)
+    thread.start()
+    with no_full_collections():
+        both.wait()
+        thread.join(10)
+        assert gc.get_threshold() != before  # the other has ended, this has not
+    assert gc.get_threshold() == before

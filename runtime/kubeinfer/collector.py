@@ -7,30 +7,29 @@ it finds nothing, as nothing here refers to itself.
 from __future__ import annotations
 
 import gc
-from types import TracebackType
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_NEVER = 1 << 30  # collections of the middle generation after which one of all is due
+_lock = threading.Lock()
+_inside = 0
+_before = (0, 0, 0)
 
 
-class Unvisited:
-    """Within, what exists is not visited by the collector; afterwards it is again.
-
-    Where the process has set objects aside itself (``gc.freeze``) nothing is changed: they could not be told from ours.
-    """
-
-    def __init__(self) -> None:
-        self._ours = False
-
-    def __enter__(self) -> Unvisited:
-        self._ours = gc.get_freeze_count() == 0
-        self.extend()
-        return self
-
-    def extend(self) -> None:
-        """What was made since then too."""
-        if self._ours:
-            gc.freeze()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._ours:
-            gc.unfreeze()
+@contextmanager
+def no_full_collections() -> Iterator[None]:
+    """Within, in any thread, the collector looks at young objects only. What became due meanwhile is done afterwards."""
+    global _inside, _before
+    with _lock:
+        if not _inside:
+            _before = gc.get_threshold()
+            gc.set_threshold(*_before[:2], _NEVER)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                gc.set_threshold(*_before)

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from kubeinfer.collector import Unvisited
+from kubeinfer.collector import no_full_collections
 from kubeinfer.engine.client import EngineClient, make_client
 from kubeinfer.engine.environment import prepare_this_process
 from kubeinfer.errors import KubeinferError, NotSupportedError, RequestError
@@ -102,9 +102,8 @@ class LLM:
         if any(type(value) is not int for value in priority or ()):
             raise RequestError(f"priority must be integers, got {list(priority or ())[:8]}.", "priority")
         ids = [str(next(self._ids)) for _ in items]
-        with Unvisited() as unvisited:
-            requests = self._input.process_batch(items, params, ids, priority)
-            return self._run(requests, use_tqdm, unvisited)
+        with no_full_collections():
+            return self._run(self._input.process_batch(items, params, ids, priority), use_tqdm)
 
     def chat(
         self,
@@ -124,6 +123,8 @@ class LLM:
         if isinstance(messages, (str, Mapping)):
             raise RequestError("messages must be a list of messages, or a list of such lists.", "messages")
         template = ChatTemplate.for_tokenizer(self._tokenizer, chat_template, chat_template_content_format)
+        if tools and "tools" not in (template.source or ""):
+            raise NotSupportedError("The model's chat template has no place for tools.", "tools")
         single = not messages or isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if single else messages
         prompts: list[Prompt] = [
@@ -161,15 +162,13 @@ class LLM:
             )
         return list(sampling_params)
 
-    def _run(
-        self, requests: Sequence[ProcessedRequest], use_tqdm: bool, unvisited: Unvisited
-    ) -> list[RequestOutput]:
+    def _run(self, requests: Sequence[ProcessedRequest], use_tqdm: bool) -> list[RequestOutput]:
         client = self._engine()
         states: list[RequestState] = []
         with self._lock:
             try:
                 with HeldInterrupts() as interrupts:
-                    self._loop(client, requests, states, use_tqdm, interrupts, unvisited)
+                    self._loop(client, requests, states, use_tqdm, interrupts)
             except BaseException:
                 self._abandon(client, states)
                 raise
@@ -185,7 +184,6 @@ class LLM:
         states: list[RequestState],
         use_tqdm: bool,
         interrupts: HeldInterrupts,
-        unvisited: Unvisited,
     ) -> None:
         """Run ``requests``, of each of which the engine has been told once its state is in ``states``."""
         process = self._output.process
@@ -201,7 +199,6 @@ class LLM:
                     part = coming.pop(0)
                     states.extend(map(self._output.add, part))
                     client.add_requests([engine for request in part for engine in request.engine_requests])
-                    unvisited.extend()
                 outputs = client.step().outputs
                 if not outputs and not client.has_unfinished_requests():
                     raise KubeinferError(
@@ -334,6 +331,11 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         raise RequestError("prompt must be a text, token ids or a mapping, not bytes.", "prompt")
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise RequestError(
+            f"prompts must be a text, token ids, a mapping or a list of such, not {type(prompts).__name__}.",
+            "prompts",
+        )
     items = list(prompts)
     if items and all(type(item) is int for item in items):
         return [items]  # type: ignore[list-item]

@@ -98,6 +98,8 @@ def load_model_config(options: EngineOptions) -> ModelConfig:
         generation = {}
     else:
         hf = _read_json(path / "config.json")
+        if not hf and (path / "config.json").is_file():
+            raise ModelLoadError(f"{path / 'config.json'} says nothing; download the model again.")
         if not hf:
             raise ModelLoadError(
                 f"{path} has no config.json, so it is not a model folder; give a folder made by a hub's download, "

@@ -83,8 +83,10 @@ def test_echo_and_logprobs(client: httpx.Client) -> None:
     assert logprobs["top_logprobs"][0] is None
     assert len(logprobs["tokens"]) == answer["usage"]["total_tokens"]
     assert "".join(logprobs["tokens"][-3:]) == choice["text"].removeprefix("Hello you")
-    assert logprobs["text_offset"][0] == 0
-    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    assert logprobs["text_offset"] == [
+        len("".join(logprobs["tokens"][:i])) for i in range(len(logprobs["tokens"]))
+    ]
     body = {"prompt": "Hello you", "echo": True, "logprobs": 2, "max_tokens": 3, "stream": True}
     found = events(client.post("/v1/completions", json=body))
     assert found[0]["choices"][0]["text"] == "Hello you"
@@ -102,7 +104,9 @@ def test_scoring_a_prompt_without_generating(client: httpx.Client) -> None:
     answer = complete(client, prompt="Hello you", echo=True, logprobs=1, max_tokens=0)
     assert answer["choices"][0]["text"] == "Hello you"
     assert answer["usage"]["completion_tokens"] == 0
-    assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"]
+    logprobs = answer["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == answer["usage"]["prompt_tokens"]
+    assert "".join(logprobs["tokens"]) == "Hello you"
 
 
 def test_stop_strings(client: httpx.Client) -> None:

@@ -12,7 +12,8 @@ import pytest
 from fixtures.tiny_models import tiny_model
 from kubeinfer.async_llm import AsyncLLM
 from kubeinfer.engine.process_client import ProcessClient
-from kubeinfer.errors import EngineDeadError
+from kubeinfer.errors import EngineDeadError, ModelLoadError
+from kubeinfer.model_config import load_model_config
 from kubeinfer.options import EngineOptions
 from kubeinfer.sampling_params import SamplingParams
 
@@ -99,9 +100,27 @@ def test_a_core_that_cannot_start_says_why(tmp_path: Path) -> None:
         ProcessClient(EngineOptions(model=str(tmp_path), device="cpu"))
 
 
+def test_a_config_that_says_nothing_is_not_one_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 16)
+    for text, message in ((None, "has no config.json"), ("{}", "config.json says nothing")):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelLoadError, match=message):
+            load_model_config(EngineOptions(model=str(tmp_path), device="cpu"))
+
+
 def test_a_cache_larger_than_the_memory_names_the_option() -> None:
     with pytest.raises(EngineDeadError, match="--cpu-kvcache-space asks for 100000"):
         ProcessClient(EngineOptions(model=str(tiny_model("llama")), device="cpu", cpu_kvcache_space=100000))
+
+
+@pytest.mark.parametrize("option", ["cpu_kvcache_space", "kv_cache_memory_bytes"])
+def test_a_cache_of_less_than_two_blocks_names_the_option(option: str) -> None:
+    given = {option: 1000 if option.endswith("bytes") else 1e-6}
+    with pytest.raises(
+        EngineDeadError, match=f"--{option.replace('_', '-')} gives 0.0 MiB, but .* at least two"
+    ):
+        ProcessClient(EngineOptions(model=str(tiny_model("llama")), device="cpu", **given))
 
 
 def test_a_length_beyond_the_cache_names_what_fits() -> None:

@@ -252,6 +252,12 @@ def test_pooling_is_refused_clearly(make: Make, folder: Path) -> None:
         (lambda llm: llm.generate(["a", "b"], priority=[0, None]), "priority must be integers"),
         (lambda llm: llm.generate("a", priority=[1]), "scheduling_policy"),
         (lambda llm: llm.generate(b"abc"), "not bytes"),
+        (lambda llm: llm.generate(None), "not NoneType"),
+        (lambda llm: llm.generate(5), "not int"),
+        (
+            lambda llm: llm.chat([{"role": "user", "content": "a"}], tools=[{"type": "function"}]),
+            "no place for tools",
+        ),
         (lambda llm: llm.generate("a", {"max_tokens": 3}), "sampling_params must be"),
         (lambda llm: llm.generate(["a", "b"], [SamplingParams(), None]), "sampling_params must be"),
         (lambda llm: llm.chat({"role": "user", "content": "a"}), "messages must be"),

@@ -94,6 +94,7 @@ async def create_completion(request: Request) -> Response:
         encoder = CompletionStream(
             echoes=[state.text_of(prompt) for prompt in prompts] if body.echo else None,
             drop_output=drop_output,
+            piece=state.engine.tokenizer.piece,
             response_id=f"cmpl-{base_id}",
             model=model,
             created=created,
@@ -142,9 +143,9 @@ def _choices(
             "text": text,
             "logprobs": None
             if body.logprobs is None
-            else CompletionLogprobs(body.logprobs, bool(body.return_tokens_as_token_ids)).render(
-                shown_ids, logprobs
-            ),
+            else CompletionLogprobs(
+                body.logprobs, bool(body.return_tokens_as_token_ids), state.engine.tokenizer.piece
+            ).render(shown_ids, logprobs),
             "finish_reason": "length" if drop_output else choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }

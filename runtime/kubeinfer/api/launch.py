@@ -82,7 +82,7 @@ def _fail(message: str) -> int:
 
 
 def check_files(options: ServeOptions) -> None:
-    """Raise :class:`OptionError` for a file option whose file is not there, before the model takes its time."""
+    """Raise :class:`OptionError` for a file option whose file is not there or not right, before the model takes its time."""
     for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
         value = getattr(options, name)
         if value is not None and not Path(value).is_file():
@@ -90,9 +90,9 @@ def check_files(options: ServeOptions) -> None:
     if (options.ssl_keyfile is None) != (options.ssl_certfile is None):
         raise OptionError("ssl_keyfile and ssl_certfile are needed together.", "ssl_keyfile")
     if options.chat_template is not None:
-        from kubeinfer.text.chat_template import read_chat_template
+        from kubeinfer.text.chat_template import ChatTemplate, read_chat_template
 
-        read_chat_template(options.chat_template)
+        ChatTemplate(read_chat_template(options.chat_template))
 
 
 def bind(options: ServeOptions) -> socket.socket:

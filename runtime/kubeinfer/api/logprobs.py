@@ -51,11 +51,15 @@ def chat_logprobs(
 
 
 class CompletionLogprobs:
-    """``choices[].logprobs`` of a completion, whose text offsets run on over a stream."""
+    """``choices[].logprobs`` of a completion, whose text offsets run on over a stream.
 
-    def __init__(self, top: int, as_ids: bool):
+    ``piece`` gives a token's text: of a prompt's first, nothing else is known.
+    """
+
+    def __init__(self, top: int, as_ids: bool, piece: Callable[[int], str]):
         self.top = top
         self.as_ids = as_ids
+        self.piece = piece
         self.offset = 0
 
     def _alternatives(self, token_id: int, position: Position) -> list[tuple[int, Logprob]]:
@@ -73,6 +77,8 @@ class CompletionLogprobs:
         for token_id, position in zip(token_ids, logprobs):
             own = position.get(token_id) if position is not None else None
             text = token_text(token_id, own, self.as_ids)
+            if position is None and not self.as_ids:
+                text = self.piece(token_id)
             offsets.append(self.offset)
             self.offset += len(text)
             tokens.append(text)

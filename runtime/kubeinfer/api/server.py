@@ -50,6 +50,7 @@ class ApiServer:
         self.engine = engine
         self.listener = listener
         self.started = started
+        self.legacy_only = legacy_only
         chat = ChatTemplate.for_tokenizer(
             engine.tokenizer, options.chat_template, options.chat_template_content_format
         )
@@ -178,14 +179,19 @@ class ApiServer:
         """What to try first."""
         import json
 
-        body = {"model": self.state.model_name, "messages": [{"role": "user", "content": "Hello!"}]}
+        body: dict[str, Any]
+        if self.legacy_only:
+            path, body = "/generate", {"prompt": "Hello!", "max_tokens": 32}
+        else:
+            path = "/v1/chat/completions"
+            body = {"model": self.state.model_name, "messages": [{"role": "user", "content": "Hello!"}]}
         key = " -H 'Authorization: Bearer KEY'" if self.options.api_key else ""
         data = json.dumps(body, ensure_ascii=False).replace("'", "'\\''")
         lines = ["", f"Listening on {base}"]
         lines += [
             "Try:",
-            f"  curl {base}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{data}'",
+            f"  curl {base}{path} -H 'Content-Type: application/json'{key} -d '{data}'",
         ]
-        if not self.options.disable_chat_page:
+        if not self.options.disable_chat_page and not self.legacy_only:
             lines.append(f"Chat page: {base}/")
         return "\n".join(lines) + "\n"

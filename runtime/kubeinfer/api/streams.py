@@ -114,8 +114,11 @@ class CompletionStream(_SseEncoder):
 
     _object = "text_completion"
 
-    def __init__(self, *, echoes: list[str] | None, drop_output: bool, **common: Any):
+    def __init__(
+        self, *, echoes: list[str] | None, drop_output: bool, piece: Callable[[int], str], **common: Any
+    ):
         super().__init__(**common)
+        self.piece = piece
         self.echoes = echoes
         self.drop_output = drop_output
         self._running: dict[int, CompletionLogprobs] = {}
@@ -129,7 +132,7 @@ class CompletionStream(_SseEncoder):
         prompt_index = index // self.n
         first = self.usage.add_prompt(prompt_index, item)
         if self.logprobs is not None:
-            self._running[index] = CompletionLogprobs(self.logprobs, self.tokens_as_ids)
+            self._running[index] = CompletionLogprobs(self.logprobs, self.tokens_as_ids, self.piece)
         wants_prompt = first and (self.return_token_ids or item.prompt_logprobs is not None)
         if self.echoes is None and not wants_prompt:
             return b""

@@ -47,6 +47,11 @@ def serve_options(arguments: argparse.Namespace) -> ServeOptions:
         if len(names) > 1:
             hint = f" (--served-model-name took {names[-1]!r}; put the model first)"
         raise OptionError(f"no model is given; say 'kubeinfer serve MODEL'{hint}.", "model")
+    if not all(options.served_model_name or ["-"]):
+        raise OptionError(
+            "served_model_name: a name is empty; leave the option out to serve by the model's own.",
+            "served_model_name",
+        )
     if options.runner == "pooling" or options.convert not in ("auto", "none"):
         raise OptionError(
             "--runner pooling and --convert are not supported yet: this version serves generative models only.",

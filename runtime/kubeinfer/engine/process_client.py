@@ -60,12 +60,17 @@ class ProcessClient(AsyncEngineClient):
             raise
 
     def _start(self, options: EngineOptions, log_format: str, channel: int) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "kubeinfer.engine.core_process"],
-            stdin=subprocess.PIPE,
-            env=_child_environment(),
-            pass_fds=(channel,),
-        )
+        # The core ignores SIGINT, which a terminal sends it too; until it does, it inherits that the signal waits.
+        waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "kubeinfer.engine.core_process"],
+                stdin=subprocess.PIPE,
+                env=_child_environment(),
+                pass_fds=(channel,),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
         if process.stdin is None:
             raise RuntimeError("the engine core has no standard input")
         config = {

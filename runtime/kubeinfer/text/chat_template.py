@@ -135,7 +135,8 @@ class ChatTemplate:
                 _compile(source)
             except jinja2.TemplateSyntaxError as exc:
                 raise OptionError(
-                    f"chat_template: line {exc.lineno}: {exc.message}. Give a template that is right with --chat-template.",
+                    f"chat_template: line {exc.lineno}: {(exc.message or '').rstrip('.')}. Give a template that is right with "
+                    "--chat-template.",
                     "chat_template",
                 ) from None
 

@@ -109,6 +109,12 @@ def cpu_kv_blocks(options: EngineOptions, config: ModelConfig, per_block: int, m
             source.removeprefix("--").replace("-", "_"),
         )
     blocks = min(budget // per_block, useful)
+    if blocks < 2 and source:
+        raise OptionError(
+            f"{source} gives {budget / 2**20:.1f} MiB, but a KV cache has at least two blocks, of {per_block / 2**20:.1f} MiB "
+            f"each. Raise it.",
+            source.removeprefix("--").replace("-", "_"),
+        )
     if blocks < 2:
         raise OptionError(
             f"no memory for a KV cache: {free / _GIB:.2f} GiB are free after the weights, one block takes "

@@ -138,11 +138,15 @@ class AsyncLLM:
             None  # when a message last came, or the first request of a quiet time
         )
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
-        loading = self._threads.submit(load_tokenizer, options, self.model_config.path)
-        self._client = client if client is not None else make_async_client(options, log_format)
+        loading = self._threads.submit(self._load_tokenizer)
+
+        def check() -> None:
+            if loading.done():
+                loading.result()  # a model whose tokenizer cannot be read need not be loaded
+
+        self._client = client if client is not None else make_async_client(options, log_format, check)
         try:
             self.tokenizer: Tokenizer = loading.result()
-            check_vocabulary(self.tokenizer, self.model_config.vocab_size)
         except BaseException:
             self._client.shutdown()
             raise
@@ -167,6 +171,11 @@ class AsyncLLM:
         # What was loaded stays: without this, the collector walks over it while streams wait.
         gc.collect()
         gc.freeze()
+
+    def _load_tokenizer(self) -> Tokenizer:
+        tokenizer = load_tokenizer(self.options, self.model_config.path)
+        check_vocabulary(tokenizer, self.model_config.vocab_size)
+        return tokenizer
 
     @property
     def info(self) -> EngineInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,19 @@ def test_a_core_that_cannot_start_says_why(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 16)
     with pytest.raises(EngineDeadError, match="MambaForCausalLM is not supported"):
         ProcessClient(EngineOptions(model=str(tmp_path), device="cpu"))
+
+
+def test_a_core_is_ended_where_a_check_fails() -> None:
+    def check() -> None:
+        raise ValueError("no tokenizer")
+
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="no tokenizer"):
+        ProcessClient(options(), check=check)
+    assert time.monotonic() - started < 6
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    commands = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
+    assert not any(b"kubeinfer.engine.core_process" in command for command in commands)
 
 
 def test_a_config_that_says_nothing_is_not_one_that_is_missing(tmp_path: Path) -> None:

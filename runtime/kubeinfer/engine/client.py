@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kubeinfer.engine.messages import EngineInfo, EngineOutputs, EngineRequest
@@ -70,8 +71,13 @@ def make_client(options: EngineOptions) -> EngineClient:
     return InProcessClient(options)
 
 
-def make_async_client(options: EngineOptions, log_format: str = "text") -> AsyncEngineClient:
-    """An engine core in a process of its own. Blocks until it is ready; raises with the child's reason if it dies."""
+def make_async_client(
+    options: EngineOptions, log_format: str = "text", check: Callable[[], object] | None = None
+) -> AsyncEngineClient:
+    """An engine core in a process of its own. Blocks until it is ready; raises with the child's reason if it dies.
+
+    ``check`` is called again and again meanwhile; what it raises ends the core and is raised.
+    """
     from kubeinfer.engine.process_client import ProcessClient
 
-    return ProcessClient(options, log_format)
+    return ProcessClient(options, log_format, check)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
@@ -40,9 +41,11 @@ _EXIT_POLL_S = 0.01  # the same where the socket is closed: it is about to exit
 
 
 class ProcessClient(AsyncEngineClient):
-    """Starts the core process and talks to it. The constructor returns once the core is ready."""
+    """Starts the core process and talks to it. The constructor returns once the core is ready, or ``check`` raises."""
 
-    def __init__(self, options: EngineOptions, log_format: str = "text"):
+    def __init__(
+        self, options: EngineOptions, log_format: str = "text", check: Callable[[], object] | None = None
+    ):
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(CoreMessage)
         self._death_reason: str | None = None
@@ -54,7 +57,7 @@ class ProcessClient(AsyncEngineClient):
         with core:
             self._process = self._start(options, log_format, core.fileno())
         try:
-            self.info = self._wait_ready()
+            self.info = self._wait_ready(check)
         except BaseException:
             self.shutdown()
             raise
@@ -85,9 +88,11 @@ class ProcessClient(AsyncEngineClient):
             pass  # it died at once; the wait that follows says why
         return process
 
-    def _wait_ready(self) -> EngineInfo:
+    def _wait_ready(self, check: Callable[[], object] | None) -> EngineInfo:
         while True:
             self._channel.wait(0.1)
+            if check is not None:
+                check()
             exited = self._process.poll() is not None
             for frame in self._channel.receive():
                 message = self._decoder.decode(frame)

@@ -200,9 +200,9 @@ class DecodeGraphs:
     ) -> tuple[Tensor, Tensor]:
         """Run a decode step: (greedy tokens int64 ``[B]``, logits ``[B, V]``).
 
-        The logits are overwritten by the next replay, tokens too in a pipeline; without one they are in the host's memory, for
-        as many replays as are ever under way. There ``hidden_in`` must be filled before on all stages but the first, and
-        all but the last leave ``hidden_out`` and nothing else.
+        The logits are overwritten by the next replay. Tokens are in the host's memory, once the replay is done and for as many
+        more as are ever under way. In a pipeline they are on the device and overwritten too; there ``hidden_in`` must be filled
+        before on all stages but the first, and all but the last leave ``hidden_out`` and nothing else.
         """
         batch = len(rows)
         if not self._shared_sizes:

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from kubeinfer.kernels import linear as linear_module
 from kubeinfer.kernels.activation import silu_and_mul
-from kubeinfer.kernels.gluon_gated_columns import fits
 from kubeinfer.kernels.linear import MAX_FEW_ROWS
 from kubeinfer.kernels.norm import fused_add_rms_norm
 from kubeinfer.kernels.triton_few_linear import MAX_TOKENS, FewConfig
+from kubeinfer.kernels.triton_launch import runs_gluon
 from kubeinfer.kernels.triton_linear import AnyConfig, ColumnsConfig, Config, linear_triton
 from kubeinfer.kernels.triton_skinny_linear import SkinnyConfig
 from kubeinfer.kernels.triton_stream_linear import StreamConfig
@@ -95,7 +95,9 @@ def products() -> list[Product]:
 def few_tokens_candidates(product: Product, m: int) -> list[AnyConfig]:
     """One program a tile, its inputs split where tiles are few, or a run of tiles a program."""
     found: list[AnyConfig] = []
-    if product.gated:
+    if product.gated and runs_gluon():
+        from kubeinfer.kernels.gluon_gated_columns import fits
+
         found += [c for c in map(ColumnsConfig, (3, 4, 5)) if fits(product.n, m, c)]
     if m > _MOST_STREAMED:
         return found

@@ -53,16 +53,22 @@ class Reader:
         if self._session is not None:
             await self._session.close()
 
-    async def _get(self, url: str) -> tuple[int, bytes]:
-        async with self._http().get(url, allow_redirects=False) as answer:
-            return answer.status, await answer.content.read(MAX_BODY)
+    async def _get(self, url: str) -> tuple[int, bytes] | str:
+        """Status and body, or why there is no answer."""
+        try:
+            async with self._http().get(url, allow_redirects=False) as answer:
+                return answer.status, await answer.content.read(MAX_BODY)
+        except TimeoutError:
+            return f"{url} did not answer in {self._timeout.total:g} s"
+        except (aiohttp.ClientError, OSError) as error:
+            return f"{url}: {error}"
 
     async def load(self, address: str, port: int) -> Load | None:
         """Load of the runtime at ``address``."""
-        try:
-            status, body = await self._get(f"http://{_host(address)}:{port}/metrics")
-        except (TimeoutError, aiohttp.ClientError, OSError):
+        found = await self._get(f"http://{_host(address)}:{port}/metrics")
+        if isinstance(found, str):
             return None
+        status, body = found
         return parse_metrics(body.decode("utf-8", "replace")) if status == 200 else None
 
     async def demand(self, addresses: Sequence[str], port: int) -> tuple[dict[str, Demand], dict[str, str]]:
@@ -90,12 +96,10 @@ class Reader:
     async def _demand(self, address: str, port: int) -> dict[str, dict[str, Any]] | str:
         """Entries by model, or why there are none."""
         url = f"http://{_host(address)}:{port}/demand"
-        try:
-            status, body = await self._get(url)
-        except TimeoutError:
-            return f"{url} did not answer in {self._timeout.total:g} s"
-        except (aiohttp.ClientError, OSError) as error:
-            return f"{url}: {error}"
+        found = await self._get(url)
+        if isinstance(found, str):
+            return found
+        status, body = found
         if status != 200:
             return f"{url} answered {status}"
         try:
@@ -106,12 +110,10 @@ class Reader:
 
     async def answers(self, url: str, served: tuple[str, ...]) -> tuple[bool, str]:
         """Whether the model lists itself at ``url``; a refusal for want of a key is an answer of the model, too."""
-        try:
-            status, body = await self._get(url)
-        except TimeoutError:
-            return False, f"{url} did not answer in {self._timeout.total:g} s"
-        except (aiohttp.ClientError, OSError) as error:
-            return False, f"{url}: {error}"
+        found = await self._get(url)
+        if isinstance(found, str):
+            return False, found
+        status, body = found
         if status in (401, 403):
             return True, "answers through its Service (and asks for a key)"
         if status != 200:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gated_reference import EPS, TOLERANCE, on_hopper, part_of, want
+from gated_reference import EPS, TOLERANCE, Given, on_hopper, want
 from torch import Tensor
 
 from kubeinfer.kernels.fused_linear import gated_linear
@@ -25,26 +25,16 @@ def run(
     from kubeinfer.kernels.gluon_gated_columns import gated_columns_gluon
     from kubeinfer.kernels.triton_linear import ColumnsConfig
 
-    x = part_of(m, k, 1.0, dtype).to(device)[:m, :k]
-    weight = part_of(2 * n, k, 1.5 * k**-0.5, dtype).to(device)[: 2 * n, :k]
-    bias = torch.randn(2 * n).to(dtype).to(device) if with_bias else None
-    whole = part_of(m, n, 1.0, dtype, 7.0).to(device)
-    out = whole[:m, :n]
+    given = Given(device, m, n, k, dtype, with_bias)
     squares, factor = None, torch.ones(m, 1, dtype=torch.float64)
     if parts:
         # Sums of parts of other rows, of which those behind the tokens' are no numbers.
         squares = torch.full((parts, 128), float("nan"), device=device)
         squares[:, :m] = torch.rand(parts, m, device=device) * 3 * k / parts
         factor = torch.rsqrt(squares[:, :m].double().sum(0).cpu() / k + EPS)[:, None]
-    assert gated_columns_gluon(x, weight, bias, out, ColumnsConfig(in_flight), squares, EPS) is out
-    exact = want(x.double().cpu() * factor, weight, bias)
-    assert (out.double().cpu() - exact).norm() / exact.norm() < TOLERANCE[dtype]
-    # Each row and each column: a wrong edge would hardly show in the whole.
-    for dim in (0, 1):
-        error = (out.double().cpu() - exact).norm(dim=dim) / (exact.norm(dim=dim) + 0.05)
-        assert error.max() < 5 * TOLERANCE[dtype]
-    assert (whole[m:] == 7.0).all()
-    assert (whole[:, n:] == 7.0).all()
+    operands = (given.x, given.weight, given.bias, given.out)
+    assert gated_columns_gluon(*operands, ColumnsConfig(in_flight), squares, EPS) is given.out
+    given.check(want(given.x.double().cpu() * factor, given.weight, given.bias))
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gated_reference import EPS, TOLERANCE, on_hopper, part_of, want
+from gated_reference import EPS, TOLERANCE, Given, on_hopper, want
 from torch import Tensor
 
 from kubeinfer.kernels import batch_invariance, fused_linear
@@ -21,21 +21,10 @@ def run(device: str, m: int, n: int, k: int, with_bias: bool, dtype: torch.dtype
     from kubeinfer.kernels.gluon_gated_matmul import gated_matmul_gluon
     from kubeinfer.kernels.triton_split import scratch
 
-    x = part_of(m, k, 1.0, dtype).to(device)[:m, :k]
-    weight = part_of(2 * n, k, 1.5 * k**-0.5, dtype).to(device)[: 2 * n, :k]
-    bias = torch.randn(2 * n).to(dtype).to(device) if with_bias else None
-    whole = part_of(m, n, 1.0, dtype, 7.0).to(device)
-    out = whole[:m, :n]
-    assert gated_matmul_gluon(x, weight, bias, out, form) is out
-    exact = want(x, weight, bias)
-    assert (out.double().cpu() - exact).norm() / exact.norm() < TOLERANCE[dtype]
-    # Each row and each column: a wrong edge would hardly show in the whole.
-    for dim in (0, 1):
-        error = (out.double().cpu() - exact).norm(dim=dim) / (exact.norm(dim=dim) + 0.05)
-        assert error.max() < 5 * TOLERANCE[dtype]
-    assert (whole[m:] == 7.0).all()
-    assert (whole[:, n:] == 7.0).all()
-    assert not scratch(x.device).counters.any()
+    given = Given(device, m, n, k, dtype, with_bias)
+    assert gated_matmul_gluon(given.x, given.weight, given.bias, given.out, form) is given.out
+    given.check(want(given.x, given.weight, given.bias))
+    assert not scratch(given.x.device).counters.any()
 
 
 @pytest.mark.gpu

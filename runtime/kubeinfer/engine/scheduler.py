@@ -176,7 +176,7 @@ class Scheduler:
                 num_new = min(num_new, threshold, budget)
             end = request.num_computed + num_new
             held = len(request.block_ids)
-            if end > held * block_size:
+            if end > held * block_size:  # of most decodes it is not, and there may be a thousand
                 while (blocks := kv_cache.allocate(request, end)) is None:
                     victim = running.pop()
                     self._preempt(victim)

@@ -28,13 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kubeinfer.kernels.gluon_bulk import wait_for_kernel_before
+from kubeinfer.kernels.gluon_gate import activated, halves, with_bias
 from kubeinfer.kernels.linear import MAX_TENS_ROWS
 from kubeinfer.kernels.triton_launch import Kernel, processors, shared_memory
 from kubeinfer.kernels.triton_linear import ColumnsConfig
 
 _ROWS = 64  # tokens of a warpgroup
 _BLOCK_K = 64
-MAX_TOKENS = MAX_TENS_ROWS
 _OTHER_BYTES = 2048  # of shared memory: barriers, and the compiler's own
 # A thread's, by warpgroups that multiply: shared out evenly when the kernel starts, but then the producer gives up most of its own.
 _REGISTERS = {1: 160, 2: 168}
@@ -111,10 +111,8 @@ def _gate_and_store(
     """Of ``sums`` the left half is gates from ``column`` on, the right half theirs ups."""
     ROWS: gl.constexpr = sums.shape[0]
     WIDTH: gl.constexpr = sums.shape[1] // 2
-    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    left, right = gl.split(gl.permute(gl.reshape(sums, [ROWS, 2, WIDTH]), (0, 2, 1)))
-    gate = gl.convert_layout(left, L, assert_trivial=True)
-    up = gl.convert_layout(right, L, assert_trivial=True)
+    gate, up = halves(sums)
+    L: gl.constexpr = gate.type.layout
     columns = column + gl.arange(0, WIDTH, gl.SliceLayout(0, L))
     tokens = row + gl.arange(0, ROWS, gl.SliceLayout(1, L))
     if NORMED:
@@ -122,9 +120,9 @@ def _gate_and_store(
         gate *= scale
         up *= scale
     if HAS_BIAS:
-        gate += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
-        up += gl.load(bias_ptr + N + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
-    result = gate / (1.0 + gl.exp(-gate)) * up
+        gate = with_bias(gate, bias_ptr, column, N)
+        up = with_bias(up, bias_ptr + N, column, N)
+    result = activated(gate, up)
     at = out_ptr + tokens[:, None] * STRIDE_OUT + columns[None, :]
     gl.store(at, result.to(out_ptr.dtype.element_ty), mask=(tokens < m)[:, None] & (columns < N)[None, :])
 
@@ -275,7 +273,7 @@ def share(n: int, programs: int) -> tuple[int, int]:
 
 def fits(n: int, m: int, config: ColumnsConfig) -> bool:
     """Whether a program's shared memory holds the steps under way, of ``n`` outputs and ``m`` tokens."""
-    if m > MAX_TOKENS:
+    if m > MAX_TENS_ROWS:
         return False
     step = (
         2 * _BLOCK_K * (2 * sum(share(n, processors(torch.device("cuda")))) + _ROWS * triton.cdiv(m, _ROWS))
@@ -305,8 +303,8 @@ def gated_columns_gluon(
     """
     m, k = x.shape
     n = out.shape[1]
-    if m > MAX_TOKENS:
-        raise ValueError(f"{m} tokens: this kernel takes up to {MAX_TOKENS}.")
+    if m > MAX_TENS_ROWS:
+        raise ValueError(f"{m} tokens: this kernel takes up to {MAX_TENS_ROWS}.")
     if config.in_flight < 2:  # a step's place is free when the next has been multiplied
         raise ValueError(f"{config}: at least two steps are under way.")
     groups = triton.cdiv(m, _ROWS)

@@ -37,6 +37,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kubeinfer.kernels import tuned
 from kubeinfer.kernels.fused_linear import MIN_MANY_ROWS, GatedForm
 from kubeinfer.kernels.gluon_bulk import shared_base, wait_for_kernel_before
+from kubeinfer.kernels.gluon_gate import activated, halves, with_bias
 from kubeinfer.kernels.gluon_pair import arrive_at_both, barriers_at, meet
 from kubeinfer.kernels.triton_launch import Kernel, processors, wait_for_count
 from kubeinfer.kernels.triton_split import MAX_TILES, scratch
@@ -200,22 +201,6 @@ def _by_thread(sums):
 
 
 @gluon.jit
-def _halves(sums):
-    """The left and the right half of the columns."""
-    M: gl.constexpr = sums.shape[0]
-    N: gl.constexpr = sums.shape[1] // 2
-    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    left, right = gl.split(gl.permute(gl.reshape(sums, [M, 2, N]), (0, 2, 1)))
-    return gl.convert_layout(left, L, assert_trivial=True), gl.convert_layout(right, L, assert_trivial=True)
-
-
-@gluon.jit
-def _with_bias(sums, bias_ptr, column, N: gl.constexpr):
-    columns = column + gl.arange(0, sums.shape[1], gl.SliceLayout(0, sums.type.layout))
-    return sums + gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
-
-
-@gluon.jit
 def _set_free(free, free_at, at, lane, is_read, is_needed, EACH: gl.constexpr):
     """A warpgroup has read a place of the ring; for whoever needs it next in a pair: none waits for more, and may have ended."""
     if EACH == 2:
@@ -275,11 +260,11 @@ def _consume(
                 gl.store(counter, 0)
                 sums += gl.load(slot, cache_modifier=".cg")
             row, column = _place(tile, rows, COLUMNS, GROUP, EACH)
-            gate, up = _halves(sums)
+            gate, up = halves(sums)
             if HAS_BIAS:
-                gate = _with_bias(gate, bias_ptr, column * BLOCK_N, N)
-                up = _with_bias(up, bias_ptr + N, column * BLOCK_N, N)
-            result = (gate / (1.0 + gl.exp(-gate)) * up).to(place.dtype)
+                gate = with_bias(gate, bias_ptr, column * BLOCK_N, N)
+                up = with_bias(up, bias_ptr + N, column * BLOCK_N, N)
+            result = activated(gate, up).to(place.dtype)
             # By the copy engine, once it has read what it was given before from the same place.
             tma.store_wait(0)
             gl.thread_barrier()

@@ -5,8 +5,8 @@ their store. Rows that sample otherwise replay the same graph and sample from it
 spare row, whose block table points at the dummy block. A step also counts its rows' starts up, so that a next one of the same
 rows needs nothing of the host, and writes its tokens into the host's memory: a copy either way takes as long as several kernels.
 
-Some larger batches are captured a second time, with the pass over
-blocks that rows share (`kubeinfer.kernels.shared_prefix`), which is told at each replay what they share.
+Some larger batches are captured a second time, with the pass over blocks that rows share (`kubeinfer.kernels.shared_prefix`),
+which is told at each replay what they share.
 """
 
 from __future__ import annotations
@@ -121,11 +121,10 @@ class DecodeGraphs:
         self.hidden_in = torch.zeros(0 if self.stage.first else largest, hidden, dtype=dtype, device=device)
         self.hidden_out = torch.zeros(0 if self.stage.last else largest, hidden, dtype=dtype, device=device)
         # Greedy tokens, in the memory of whoever is next: the host, or other stages' GPUs.
-        self._on_host = self.stage.first and self.stage.last
-        self._turns = _TURNS if self._on_host else 1
+        on_host = self.stage.first and self.stage.last
         self._tokens = torch.zeros(
-            self._turns, largest, dtype=torch.int64, device="cpu" if self._on_host else device,
-            pin_memory=self._on_host,
+            _TURNS if on_host else 1, largest, dtype=torch.int64, device="cpu" if on_host else device,
+            pin_memory=on_host,
         )  # fmt: skip
         self._turn = torch.zeros(1, dtype=torch.int64, device=device)
         self._replays = 0  # what the turn will be when all that was launched is done
@@ -217,7 +216,7 @@ class DecodeGraphs:
         if self._left is None or not np.array_equal(inputs, self._left):
             self._send(inputs)
         self._graphs[size, shared is not None].replay()
-        turn = self._replays % self._turns
+        turn = self._replays % len(self._tokens)
         if self.stage.last:
             self._replays += 1
             inputs[1, :batch] += 1

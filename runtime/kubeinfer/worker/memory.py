@@ -102,18 +102,19 @@ def cpu_kv_blocks(options: EngineOptions, config: ModelConfig, per_block: int, m
     else:
         ranks = options.tensor_parallel_size * options.pipeline_parallel_size
         budget, source = int(free * _CPU_SHARE) // ranks, ""
+    option = source.removeprefix("--").replace("-", "_")
     if source and budget > free:
         raise OptionError(
             f"{source} asks for {budget / _GIB:.1f} GiB of KV cache, but only {free / _GIB:.1f} GiB of memory are free "
             "(cgroup limit included). Lower it, or give the pod more memory.",
-            source.removeprefix("--").replace("-", "_"),
+            option,
         )
     blocks = min(budget // per_block, useful)
     if blocks < 2 and source:
         raise OptionError(
             f"{source} gives {budget / 2**20:.1f} MiB, but a KV cache has at least two blocks, of {per_block / 2**20:.1f} MiB "
-            f"each. Raise it.",
-            source.removeprefix("--").replace("-", "_"),
+            "each. Raise it.",
+            option,
         )
     if blocks < 2:
         raise OptionError(

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fixtures.engine_client import generate, make, random_prompts
@@ -55,6 +56,30 @@ def test_a_killed_rank_ends_the_engine_with_its_reason_last() -> None:
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].endswith("the worker of rank 1 died: exit status -9")
+
+
+def test_a_rank_that_waits_for_ever_goes_with_its_core() -> None:
+    rank = """if True:
+        import os, threading
+        from kubeinfer.distributed.worker_process import _end_with_parent
+
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),)).start()
+        print(os.getpid(), flush=True)
+        threading.Event().wait()
+    """
+    core = """if True:
+        import os, signal, subprocess, sys
+
+        child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+        print(child.stdout.readline().decode(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", core, rank], stdout=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    assert result.returncode == -9
+    left = [psutil.Process(pid) for pid in map(int, result.stdout.split()) if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(left, timeout=5)[1] == []
 
 
 def test_after_a_rank_has_died_a_call_ends_at_once_and_nothing_stays(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ class Program:
         self.ids = ids
         self.memory = np.full(shared_bytes, 0xFF, np.uint8)
         self.phases: dict[int, int] = {}
+        self.barriers: set[int] = set()  # bytes that they are in
         self.waited, self.early_copies, self.may_read_early = False, 0, may_read_early
 
     # kubeinfer.kernels.gluon_bulk
@@ -182,7 +183,17 @@ class Program:
     def shared_base(self, threads: Any) -> Lanes:
         return Lanes(np.zeros_like(plain(threads)))
 
+    def make_barrier(self, at: int, count: int) -> None:
+        """The language's own, which its allocation lives by."""
+        place = set(range(at, at + 8))
+        assert max(place) < self.memory.size
+        assert not place & self.barriers
+        self.barriers |= place
+
     def init_barrier(self, at: Any, wanted: Any) -> None:
+        for a, w in zip(plain(at), plain(wanted), strict=True):
+            if w:
+                self.make_barrier(int(a), 1)
         self.phases |= {int(a): 0 for a, w in zip(plain(at), plain(wanted), strict=True) if w}
 
     def wait_barrier(self, at: Any, phase: Any) -> None:
@@ -196,6 +207,7 @@ class Program:
             if not self.waited:
                 self.early_copies += 1
                 assert self.may_read_early(source)
+            assert not self.barriers.intersection(range(to, to + count)), "what a barrier is in is nothing else"
             self.memory[to : to + count] = source.bytes_at(thread, count)
             to += count
 
@@ -384,7 +396,7 @@ def _language(program: Program) -> SimpleNamespace:
         minimum=lambda x, y: Lanes(np.minimum(*_alike(x, y))), maximum=lambda x, y: Lanes(np.maximum(*_alike(x, y))),
         cdiv=lambda x, y: (x + y - 1) // y, exp=lambda x: Lanes(np.exp(plain(x))), exp2=lambda x: Lanes(np.exp2(plain(x))),
         log2=lambda x: Lanes(np.log2(plain(x))), rsqrt=lambda x: Lanes(np.float32(1) / np.sqrt(plain(x))),
-        allocate_shared_memory=lambda *sizes: SimpleNamespace(index=lambda i: None),
+        allocate_shared_memory=lambda *sizes: SimpleNamespace(index=lambda i: 8 * i),
     )  # fmt: skip
 
 
@@ -412,7 +424,7 @@ def load_kernel(name: str, program: Program, **modules: ModuleType) -> Any:
     own = named("own", **methods)
     gluon = named("gluon", jit=_jit, language=language)
     hopper = named(
-        "hopper", mbarrier=SimpleNamespace(MBarrierLayout=lambda: None, init=lambda barrier, count: None)
+        "hopper", mbarrier=SimpleNamespace(MBarrierLayout=lambda: None, init=program.make_barrier)
     )
     kernel = named("launch", Kernel=lambda function: SimpleNamespace(function=function))
     stand_ins = {

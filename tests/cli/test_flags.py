@@ -194,6 +194,17 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     assert top.returncode == 0
 
 
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path: Path) -> None:
+    """A script beside the clone."""
+    (tmp_path / "kubeinfer" / "runtime").mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run(
+        [sys.executable, "-c", "from kubeinfer import SamplingParams; print(SamplingParams.__name__)"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (found.stdout, found.stderr) == ("SamplingParams\n", "")
+
+
 def test_a_busy_port_is_told_before_the_model_loads() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -13,7 +13,7 @@ import pytest
 
 from fixtures.engine_client import generate, make, random_prompts, request
 from fixtures.smollm2 import smollm2_gguf
-from fixtures.tiny_models import TINY_MODELS, tiny_model
+from fixtures.tiny_models import TINY_MODELS, computing_nan, tiny_model
 from kubeinfer import LLM, SamplingParams
 from kubeinfer.engine.client import EngineClient, make_client
 from kubeinfer.engine.messages import EngineRequest
@@ -374,3 +374,25 @@ def test_batch_invariant_requests_get_the_same_bits_in_any_company(
     assert bits([shuffled[:13], shuffled[13:]], max_num_seqs=33, enforce_eager=True) == alone
     small = {"max_num_batched_tokens": 71, "num_gpu_blocks_override": 160, "max_model_len": 1200}
     assert bits([shuffled], max_num_seqs=24, **small) == alone
+
+
+def test_requests_of_a_model_that_computes_nan_fail_by_name(tmp_path: Path) -> None:
+    """In captured steps and in others, greedy and sampled, and with penalties; nothing stays in the prefix cache."""
+    client = make(str(computing_nan(tiny_model("llama"), tmp_path)), "cuda", max_num_seqs=8)
+    kinds: list[dict[str, Any]] = [
+        {}, {"temperature": 0.9, "top_p": 0.9, "logprobs": 3}, {"repetition_penalty": 1.2, "presence_penalty": 0.5},
+    ]  # fmt: skip
+    prompts = random_prompts(4, 6, longest=80)
+    for count in (1, 3, 6):
+        requests = [request(str(i), prompt, **kinds[i % 3]) for i, prompt in enumerate(prompts[:count])]
+        client.add_requests(requests)
+        failed: dict[str, str | None] = {}
+        while client.has_unfinished_requests():
+            for output in client.step().outputs:
+                assert output.new_token_ids == []
+                failed[output.request_id] = output.error
+        assert len(failed) == count
+        assert all("no token has a score" in str(error) for error in failed.values())
+    client.core.check_integrity()
+    assert client.core.scheduler.kv_cache.prefix_hits == 0
+    client.shutdown()

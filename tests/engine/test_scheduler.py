@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from fixtures.simulated_device import VOCAB, Engine, expected, make, request
 from kubeinfer.engine.free_list import FreeList
 from kubeinfer.engine.messages import EngineRequest
+from kubeinfer.engine.plan import StepPlan, StepResult
+from kubeinfer.engine.request import Request
 from kubeinfer.sampling_params import SamplingParams
 
 
@@ -53,6 +55,20 @@ def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
         wait_for_tokens=depth == 1,
     )
     engine = Engine(scheduler, device, stages - 1 + depth)
+    failing: dict[str, int] = {}  # after so many samples their steps have no token
+    execute = device.execute
+
+    def execute_with_failures(plan: StepPlan) -> StepResult:
+        result = execute(plan)
+        names = {running.row: running.request_id for running in scheduler.running}
+        for i, at in enumerate(plan.sampled):
+            name = names[plan.rows[at]]
+            failing[name] = failing.get(name, 1000) - 1
+            if failing[name] < 0:
+                result.token_ids[i] = -1
+        return result
+
+    device.execute = execute_with_failures  # type: ignore[method-assign]
     shared = [rng.randrange(VOCAB) for _ in range(16)]
     wanted: dict[str, list[int]] = {}
     got: dict[str, list[int]] = {}
@@ -66,6 +82,8 @@ def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
         count = rng.randint(1, longest - len(prompt) - 1)
         name = f"r{i}"
         wanted[name] = expected(prompt, count)
+        if rng.random() < 0.1:
+            failing[name] = rng.randint(0, count)
         scheduler.add(request(name, prompt, count, priority=rng.randint(0, 2), arrival_time=float(i)))
         if rng.random() < 0.05:
             scheduler.kv_cache.reset_prefix_cache()
@@ -80,7 +98,7 @@ def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
     for name, tokens in engine.run().items():
         got.setdefault(name, []).extend(tokens)
     for name, tokens in wanted.items():
-        if name in aborted:
+        if name in aborted or failing[name] < 0:
             assert got.get(name, []) == tokens[: len(got.get(name, []))]
         else:
             assert got[name] == tokens
@@ -195,6 +213,47 @@ def test_without_chunked_prefill_a_prompt_runs_in_one_step() -> None:
     prefills = [n for plan in engine.plans for n in plan.num_tokens if n > 1]
     assert prefills == [45, 45, 45] or sum(prefills) < 135  # prefix hits may shorten the later ones
     assert all(len([n for n in plan.num_tokens if n > 1]) <= 1 for plan in engine.plans)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("host_blocks", [0, 20])
+def test_a_request_whose_step_has_no_token_fails_alone_and_nobody_meets_its_blocks(
+    depth: int, host_blocks: int
+) -> None:
+    scheduler, device = make(12, 2, 4, 30, host_blocks, wait_for_tokens=depth == 1)
+    engine = Engine(scheduler, device, depth)
+    prompts = {name: [i, 1, 2, 3, 4, 5] for i, name in enumerate(("bad", "good", "late"))}
+    for name, prompt in prompts.items():
+        scheduler.add(request(name, prompt, 8))
+    execute, seen = device.execute, 0
+
+    def without_the_third(plan: StepPlan) -> StepResult:
+        nonlocal seen
+        result = execute(plan)
+        for i, at in enumerate(plan.sampled):
+            if device.tokens[plan.rows[at]][:6] == prompts["bad"]:
+                seen += 1
+                if seen >= 3:
+                    result.token_ids[i] = -1
+        return result
+
+    device.execute = without_the_third  # type: ignore[method-assign]
+    found: dict[str, list[int]] = {name: [] for name in prompts}
+    errors: dict[str, str | None] = {}
+    while scheduler.has_unfinished():
+        for output in engine.step():
+            found[output.request_id] += output.new_token_ids
+            if output.finish_reason == "error":
+                errors[output.request_id] = output.error
+    assert list(errors) == ["bad"]
+    assert "no token has a score" in str(errors["bad"])
+    assert found == {
+        name: expected(prompt, 8)[: 2 if name == "bad" else 8] for name, prompt in prompts.items()
+    }
+    assert scheduler.num_generation_tokens == 18
+    again = Request(request("again", prompts["bad"], 8), 9, 40)
+    assert scheduler.kv_cache.match_prefix(again) == []
+    assert scheduler.kv_cache.num_free == scheduler.kv_cache.num_usable
 
 
 def test_unknown_aborts_are_ignored_and_a_waiting_request_can_be_aborted() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kubeinfer.kernels.sampling import (
+    NO_TOKEN,
     apply_penalties,
     count_tokens,
     exponential_noise,
@@ -55,21 +56,38 @@ def arguments(batch: int, vocab: int, device: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [17, 1000, 5003])
 def test_greedy(device: str, dtype: torch.dtype, vocab: int) -> None:
-    """The largest logit; of equal ones (bf16 has many) the first."""
+    """The largest logit; of equal ones (bf16 has many) the first; none of a row without one."""
     batch = 5
     logits = torch.randn(batch, vocab).to(dtype)
     logits[0, :] = 1.0
     logits[1, -1] = logits[1, 3] = 50.0
     logits[2, :] = float("-inf")
     logits[2, 7] = -3e4
-    logits[3, :] = float("-inf")
     want = [int((row == row.max()).nonzero()[0]) for row in logits.float()]
+    logits[3, :], logits[4, :] = float("-inf"), float("nan")
+    want[3:] = [NO_TOKEN, NO_TOKEN]
     args = {name: value.to(device) for name, value in arguments(batch, vocab, device).items()}
     args["temperature"].zero_()
     for any_sampled in (False, True):
         got = sample(logits.to(device), **args, any_sampled=any_sampled)
         assert got.dtype == torch.int64
         assert got.tolist() == want
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_row_without_a_number_has_no_token(device: str, filtered: bool) -> None:
+    batch, vocab = 6, 3000
+    logits = torch.randn(batch, vocab)
+    logits[1, :], logits[3, :] = float("nan"), float("-inf")
+    args = {name: value.to(device) for name, value in arguments(batch, vocab, device).items()}
+    args["temperature"].fill_(0.7)
+    flags = dict.fromkeys(("any_top_k", "any_top_p", "any_min_p"), filtered)
+    got = sample(logits.to(device), **args, **flags).tolist()
+    assert got[1] == got[3] == NO_TOKEN
+    assert all(0 <= got[i] < vocab for i in (0, 2, 4, 5))
+    counts = torch.zeros(batch, vocab, dtype=torch.int32, device=device)
+    count_tokens(counts, torch.arange(batch, device=device), torch.tensor(got, device=device))
+    assert counts.sum(1).tolist() == [1, 0, 1, 0, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "flat", "ties", "masked"])

@@ -11,9 +11,10 @@ import pytest
 import pytest_asyncio
 
 from fixtures.smollm2 import needs_smollm2
-from fixtures.tiny_models import smollm2_gguf, tiny_model
+from fixtures.tiny_models import computing_nan, smollm2_gguf, tiny_model
 from kubeinfer import LLM, SamplingParams
 from kubeinfer.async_llm import AsyncLLM
+from kubeinfer.errors import KubeinferError
 from kubeinfer.options import EngineOptions
 
 PROMPTS = ["Hello, my name is", "The capital of France is", "你好，请介绍一下", "Once upon a time"]
@@ -46,6 +47,36 @@ def test_text_of_the_tokens(llm: LLM) -> None:
             [*out.prompt_token_ids, *out.outputs[0].token_ids], skip_special_tokens=True
         )
         assert whole == str(out.prompt) + out.outputs[0].text
+
+
+NOTHING_LEFT = SamplingParams(allowed_token_ids=[7], stop_token_ids=[7], min_tokens=3, max_tokens=5)
+
+
+def test_a_request_that_leaves_no_token_fails_by_name_and_alone(llm: LLM) -> None:
+    with pytest.raises(
+        KubeinferError, match=r"no token has a score.* min_tokens of the request leave no token"
+    ):
+        llm.generate(PROMPTS[:2], [NOTHING_LEFT, GREEDY], use_tqdm=False)
+    assert len(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 24
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_that_computes_nan_says_so(folder: Path, tmp_path: Path, temperature: float) -> None:
+    """And not the text of token 0."""
+    broken = computing_nan(folder, tmp_path)
+    params = SamplingParams(temperature=temperature, max_tokens=4, top_p=0.9)
+    with (
+        LLM(str(broken), **OPTIONS) as made,
+        pytest.raises(KubeinferError, match=r"The model computed NaN, .*--dtype bfloat16"),
+    ):
+        made.generate(PROMPTS, params, use_tqdm=False)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_stream_ends_with_why_there_is_no_token(served: AsyncLLM) -> None:
+    with pytest.raises(KubeinferError, match="no token has a score"):
+        async for _ in served.generate(PROMPTS[0], NOTHING_LEFT, "none-left"):
+            pass
 
 
 def test_a_stop_string_gives_the_text_before_it(llm: LLM) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import msgspec
 
 from kubeinfer.errors import (
@@ -59,6 +61,11 @@ class ApiError(Exception):
             "param": self.param,
             "code": self.code if self.code is not None else self.status,
         }
+
+
+def log_failure(logger: logging.Logger, what: str, exc: BaseException) -> None:
+    """One line of a failure that was raised on purpose, and whose message says all; the trace of another."""
+    logger.error("%s: %s", what, exc, exc_info=None if isinstance(exc, KubeinferError) else exc)
 
 
 def as_api_error(exc: BaseException) -> ApiError:

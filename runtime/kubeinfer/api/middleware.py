@@ -10,7 +10,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kubeinfer.api.errors import ApiError, as_api_error
+from kubeinfer.api.errors import ApiError, as_api_error, log_failure
 from kubeinfer.api.responses import error_response
 from kubeinfer.api.state import ServerState
 
@@ -77,7 +77,7 @@ class Gate:
         except Exception as exc:
             error = as_api_error(exc)
             if error.status == 500:
-                _logger.error("Request %s failed.", request_id, exc_info=exc)
+                log_failure(_logger, f"Request {request_id}", exc)
             if started:
                 return  # uvicorn closes the connection of an answer that is not complete
             await error_response(error)(scope, receive, send_with_id)

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from kubeinfer.api.errors import as_api_error
+from kubeinfer.api.errors import as_api_error, log_failure
 from kubeinfer.api.generation import Usage
 from kubeinfer.api.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
 from kubeinfer.outputs import CompletionOutput, RequestOutput
@@ -105,7 +105,7 @@ class _SseEncoder:
     def fail(self, error: Exception) -> bytes:
         answer = as_api_error(error)
         if answer.status == 500:
-            _logger.error("A stream failed.", exc_info=error)
+            log_failure(_logger, "A stream", error)
         return b"data: " + answer.body + b"\n\n" + _DONE
 
 

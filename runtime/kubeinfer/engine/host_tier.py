@@ -61,6 +61,12 @@ class HostTier:
             self._lru.append(block)
         self._held.clear()
 
+    def forget(self, key: bytes) -> None:
+        """Keep nothing under ``key``."""
+        block = self._cached.pop(key, None)
+        if block is not None:
+            self._key[block] = None
+
     def clear(self) -> None:
         """Forget every block."""
         self._cached.clear()

@@ -217,6 +217,14 @@ class KVCacheManager:
             if self._refs[block] == 0:
                 self._free.append(block)
 
+    def forget(self, request: Request) -> None:
+        """Take what the request computed out of the prefix cache, the host's too: it is good for nobody."""
+        for key in request.block_hashes:
+            block = self._cached.pop(key, None)
+            if block is not None:
+                self._key[block] = None
+            self._host.forget(key)
+
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix, the host's too; blocks in use stay with their requests."""
         for key, block in self._cached.items():

@@ -19,6 +19,11 @@ from kubeinfer.engine.messages import EngineOutput, EngineRequest, EngineStats, 
 from kubeinfer.engine.plan import NewRow, StepPlan, StepResult
 from kubeinfer.engine.request import Request
 
+_NO_TOKEN = (
+    "no token has a score. The model computed NaN, by weights that are broken or by an overflow in float16 (--dtype bfloat16 has "
+    "none), or logit_bias, allowed_token_ids, bad_words or min_tokens of the request leave no token."
+)
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -335,13 +340,17 @@ class Scheduler:
 
     def update(self, result: StepResult) -> list[EngineOutput]:
         """Append the oldest step's sampled tokens; finish requests that met a stop condition."""
-        outputs = []
+        outputs: list[EngineOutput] = []
+        failed: list[EngineOutput] = []
         prompt_logprobs = result.prompt_logprobs
         logprobs = result.logprobs
         finished = False
         for i, (request, token) in enumerate(zip(self._in_flight.popleft(), result.token_ids)):
             request.num_in_flight -= 1
             if request.aborted:
+                continue
+            if token < 0:
+                failed.append(self._fail(request))
                 continue
             tokens = request.token_ids
             tokens.append(token)
@@ -359,13 +368,22 @@ class Scheduler:
             outputs.append(output)
             if reason is not None:
                 finished = True
-                if request.row < 0:  # preempted while this token was in flight
-                    self.waiting.remove(request)
-                self._release(request)
+                self._end(request)
         self.num_generation_tokens += len(outputs)
-        if finished:
+        if finished or failed:
             self.running = [r for r in self.running if not r.aborted]
-        return outputs
+        return outputs + failed if failed else outputs
+
+    def _fail(self, request: Request) -> EngineOutput:
+        """End a request whose last step has no token for it; nobody gets what it has in the prefix cache."""
+        self.kv_cache.forget(request)
+        self._end(request)
+        return EngineOutput(request.request_id, [], "error", error=_NO_TOKEN)
+
+    def _end(self, request: Request) -> None:
+        if request.row < 0:  # preempted while its last token was in flight
+            self.waiting.remove(request)
+        self._release(request)
 
     def _finish_reason(self, request: Request, token: int) -> tuple[str | None, int | None]:
         length = len(request.token_ids)

@@ -24,6 +24,9 @@ from kubeinfer.kernels.cpu import library as cpu
 
 # Candidates looked at before the whole row is searched: most distributions are settled by their largest entries.
 _CANDIDATES = 1024
+# Of a row without a number above minus infinity: where the model computes NaN, or where every token is forbidden. It reads as an
+# embedding of zeros.
+NO_TOKEN = -1
 
 
 def apply_penalties(
@@ -84,9 +87,9 @@ def apply_penalties_reference(
 
 
 def count_tokens(output_counts: Tensor, row_index: Tensor, token_ids: Tensor) -> None:
-    """``output_counts[row_index[i], token_ids[i]] += 1`` for every row that is not negative (each row once)."""
-    ones = (row_index >= 0).to(output_counts.dtype)
-    flat = row_index.long().clamp(min=0) * output_counts.stride(0) + token_ids
+    """``output_counts[row_index[i], token_ids[i]] += 1`` for every row and token that is not negative (each row once)."""
+    ones = ((row_index >= 0) & (token_ids >= 0)).to(output_counts.dtype)
+    flat = row_index.long().clamp(min=0) * output_counts.stride(0) + token_ids.clamp(min=0)
     output_counts.view(-1).scatter_add_(0, flat, ones)
 
 
@@ -123,7 +126,7 @@ def sample(
             skips work.
 
     Returns:
-        int64 ``[B]``.
+        int64 ``[B]``; `NO_TOKEN` for a row of NaN or of minus infinity.
     """
     if logits.is_cuda:
         from kubeinfer.kernels.triton_sampling import sample_triton
@@ -159,11 +162,10 @@ def sample_reference(
     """`sample` in torch."""
     ours = not logits.is_cuda and logits.dtype == torch.float32 and cpu.library() is not None
     result = cpu.argmax(logits) if ours else logits.argmax(-1)
-    if not any_sampled:
-        return result
-    rows = torch.nonzero(temperature > 0).flatten()
+    scored = logits.gather(1, result.unsqueeze(1)).squeeze(1) > float("-inf")
+    rows = torch.nonzero(temperature > 0).flatten() if any_sampled else temperature[:0]
     if rows.numel() == 0:
-        return result
+        return result.where(scored, NO_TOKEN)
     x = logits[rows].float() * (1.0 / temperature[rows]).unsqueeze(1)
     threshold = sampling_threshold(
         x,
@@ -175,7 +177,7 @@ def sample_reference(
     if threshold is not None:
         scores.masked_fill_(x < threshold.unsqueeze(1), float("-inf"))
     result[rows] = scores.argmax(-1)
-    return result
+    return result.where(scored, NO_TOKEN)
 
 
 def exponential_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

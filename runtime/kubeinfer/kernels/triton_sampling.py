@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kubeinfer.kernels import sampling
+
+NO_TOKEN = tl.constexpr(sampling.NO_TOKEN)
 _NEIGHBOURS = 32
 _COLLECTED = 512
 
@@ -119,8 +122,7 @@ def _pick_kernel(best_ptr, index_ptr, out_ptr, parts, PARTS_PAD: tl.constexpr):
     index = tl.load(index_ptr + row * parts + lanes, mask=lanes < parts, other=2147483647)
     top = tl.max(best, 0)
     chosen = tl.min(tl.where(best == top, index, 2147483647), 0)
-    # A row of NaN alone has no largest entry; its token must still be one.
-    tl.store(out_ptr + row, tl.where(chosen == 2147483647, 0, chosen).to(tl.int64))
+    tl.store(out_ptr + row, tl.where(top > float("-inf"), chosen, NO_TOKEN).to(tl.int64))
 
 
 @triton.jit

@@ -249,7 +249,8 @@ class Sampler:
     ) -> dict[int, TokenLogprobs]:
         counts = self.num_logprobs[rows[asked]]
         where = self._to(asked)
-        entries = token_logprobs(logits[where], tokens[where], [int(c) for c in counts])
+        chosen = tokens[where].clamp(min=0)  # of `NO_TOKEN` nothing is told
+        entries = token_logprobs(logits[where], chosen, [int(c) for c in counts])
         return dict(zip((int(i) for i in asked), entries))
 
 

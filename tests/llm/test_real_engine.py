@@ -54,7 +54,7 @@ NOTHING_LEFT = SamplingParams(allowed_token_ids=[7], stop_token_ids=[7], min_tok
 
 def test_a_request_that_leaves_no_token_fails_by_name_and_alone(llm: LLM) -> None:
     with pytest.raises(
-        KubeinferError, match=r"no token has a score.* min_tokens of the request leave no token"
+        KubeinferError, match=r"no token has a score.* min_tokens of the request leave no token$"
     ):
         llm.generate(PROMPTS[:2], [NOTHING_LEFT, GREEDY], use_tqdm=False)
     assert len(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 24
@@ -67,7 +67,7 @@ def test_a_model_that_computes_nan_says_so(folder: Path, tmp_path: Path, tempera
     params = SamplingParams(temperature=temperature, max_tokens=4, top_p=0.9)
     with (
         LLM(str(broken), **OPTIONS) as made,
-        pytest.raises(KubeinferError, match=r"The model computed NaN, .*--dtype bfloat16"),
+        pytest.raises(KubeinferError, match=r"the model computed NaN, .*\(--dtype bfloat16 has none\)$"),
     ):
         made.generate(PROMPTS, params, use_tqdm=False)
 

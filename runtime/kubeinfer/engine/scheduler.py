@@ -19,10 +19,11 @@ from kubeinfer.engine.messages import EngineOutput, EngineRequest, EngineStats, 
 from kubeinfer.engine.plan import NewRow, StepPlan, StepResult
 from kubeinfer.engine.request import Request
 
-_NO_TOKEN = (
-    "no token has a score. The model computed NaN, by weights that are broken or by an overflow in float16 (--dtype bfloat16 has "
-    "none), or logit_bias, allowed_token_ids, bad_words or min_tokens of the request leave no token."
+_COMPUTED_NAN = (
+    "no token has a score: the model computed NaN, by weights that are broken "
+    "or by an overflow in float16 (--dtype bfloat16 has none)"
 )
+_LEFT_NONE = ", or logit_bias, allowed_token_ids, bad_words or min_tokens of the request leave no token"
 
 
 @dataclass(frozen=True)
@@ -378,7 +379,12 @@ class Scheduler:
         """End a request whose last step has no token for it; nobody gets what it has in the prefix cache."""
         self.kv_cache.forget(request)
         self._end(request)
-        return EngineOutput(request.request_id, [], "error", error=_NO_TOKEN)
+        params = request.params
+        limited = (
+            params.logit_bias or params.allowed_token_ids or params.bad_words_token_ids or params.min_tokens
+        )
+        why = _COMPUTED_NAN + _LEFT_NONE if limited else _COMPUTED_NAN
+        return EngineOutput(request.request_id, [], "error", error=why)
 
     def _end(self, request: Request) -> None:
         if request.row < 0:  # preempted while its last token was in flight

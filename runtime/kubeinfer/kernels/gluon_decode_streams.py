@@ -270,7 +270,8 @@ def _streams_kernel(
     v_ptr = k_ptr + num_blocks.to(gl.int64) * (HK * BLOCK_SIZE * 128)
 
     shared = gl.allocate_shared_memory(gl.int64, [BYTES // 8, 1], mbarrier.MBarrierLayout())
-    # Not used: only what is used is there. Its memory is its own, as what a barrier is in may be written over after copies to it.
+    # Not used: only what is used is there. Its memory is its own: on a busy multiprocessor the first copy can be there before the
+    # barrier, which then lies in the keys (PTX forbids other uses of a barrier's memory).
     mbarrier.init(shared.index(BYTES // 8 - 1), 1)
     ring_at = shared_base(lane)
     barrier_at = ring_at + BARRIERS

@@ -1,4 +1,5 @@
-"""``kubeinfer``: the command. Sub-commands load on use, so that ``--help`` is quick."""
+"""``kubeinfer``: the command. Sub-commands load on use, so that ``--help`` is quick, and all else too: Ctrl-C ends the command
+without a trace from its first moments on."""
 
 from __future__ import annotations
 
@@ -10,8 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from kubeinfer import __version__
-from kubeinfer.cli.flags import Parser
-from kubeinfer.errors import KubeinferError
 
 _COMMANDS = {
     "serve": ("kubeinfer.cli.serve", "Serve a model over HTTP (OpenAI's API)."),
@@ -33,6 +32,8 @@ def _load(name: str) -> Any | None:
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; only ``command``'s own flags are built."""
+    from kubeinfer.cli.flags import Parser
+
     parser = Parser(prog="kubeinfer", description="LLM serving with an inference engine of its own.")
     parser.add_argument("--version", action="version", version=f"kubeinfer {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -49,6 +50,15 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    from kubeinfer.errors import KubeinferError
+
     args = list(sys.argv[1:] if arguments is None else arguments)
     command = next((arg for arg in args if not arg.startswith("-")), None)
     parser = _parser(command if command in _COMMANDS else None)
@@ -72,8 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":

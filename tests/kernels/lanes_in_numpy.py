@@ -194,7 +194,7 @@ class Program:
         for a, w in zip(plain(at), plain(wanted), strict=True):
             if w:
                 self.make_barrier(int(a), 1)
-        self.phases |= {int(a): 0 for a, w in zip(plain(at), plain(wanted), strict=True) if w}
+                self.phases[int(a)] = 0
 
     def wait_barrier(self, at: Any, phase: Any) -> None:
         for barrier, wanted in zip(plain(at), np.broadcast_to(plain(phase), plain(at).shape), strict=True):

@@ -162,10 +162,11 @@ def sample_reference(
     """`sample` in torch."""
     ours = not logits.is_cuda and logits.dtype == torch.float32 and cpu.library() is not None
     result = cpu.argmax(logits) if ours else logits.argmax(-1)
-    scored = logits.gather(1, result.unsqueeze(1)).squeeze(1) > float("-inf")
-    rows = torch.nonzero(temperature > 0).flatten() if any_sampled else temperature[:0]
+    if not any_sampled:
+        return _if_scored(logits, result)
+    rows = torch.nonzero(temperature > 0).flatten()
     if rows.numel() == 0:
-        return result.where(scored, NO_TOKEN)
+        return _if_scored(logits, result)
     x = logits[rows].float() * (1.0 / temperature[rows]).unsqueeze(1)
     threshold = sampling_threshold(
         x,
@@ -177,7 +178,13 @@ def sample_reference(
     if threshold is not None:
         scores.masked_fill_(x < threshold.unsqueeze(1), float("-inf"))
     result[rows] = scores.argmax(-1)
-    return result.where(scored, NO_TOKEN)
+    return _if_scored(logits, result)
+
+
+def _if_scored(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """``token_ids``, or `NO_TOKEN` where the chosen logit is no number."""
+    chosen = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    return token_ids.where(chosen > float("-inf"), NO_TOKEN)
 
 
 def exponential_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
